@@ -1,0 +1,1 @@
+"""One command per claim of the README; see bench/README.md."""

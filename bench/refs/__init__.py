@@ -1,0 +1,1 @@
+"""Reference gateways that do nothing but pass through: what each layer costs before any feature."""

@@ -1,0 +1,48 @@
+"""What can go wrong with a budget.
+
+BudgetError
+├── HoldRefused      a limit has no room for the hold; says which, and when to try again
+└── EnvelopeSpent    a request used up its own tokens, dollars or seconds
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Refusal = Literal["rate", "budget_spent", "budget_held"]
+
+
+class BudgetError(Exception):
+    """Root of this package's errors."""
+
+
+class HoldRefused(BudgetError):
+    """A limit has no room for the hold.
+
+    Attributes:
+        scope: the tightest scope that is short, e.g. `team:ml`.
+        unit: what is short there.
+        kind: `rate` for windows up to a minute and for concurrency; else `budget_spent` or `budget_held`.
+        retry_after_s: when a retry may succeed; None if it never will.
+    """
+
+    def __init__(
+        self, message: str, *, scope: str, unit: str, kind: Refusal, retry_after_s: float | None
+    ) -> None:
+        super().__init__(message)
+        self.scope = scope
+        self.unit = unit
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+class EnvelopeSpent(BudgetError):
+    """A request used up its own envelope.
+
+    Attributes:
+        part: `tokens`, `usd` or `seconds`.
+    """
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"the envelope's {part} are spent")
+        self.part = part

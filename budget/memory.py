@@ -1,0 +1,214 @@
+"""The ledger in memory: the reference for the others. Budgets end with the process.
+
+Every operation is synchronous and O(limits of the request's scopes), so holds of one event loop never
+interleave. Windows are calendar windows in UTC; a hold and its settlement belong to the windows it was
+taken in. Time comes from the `clock` passed in, as seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import calendar
+import datetime as dt
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from budget.errors import HoldRefused, Refusal
+from budget.ledger import Amounts, Limit, Remaining, Unit, Window
+
+_FIXED_S: dict[Window, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_RATE_WINDOWS = {"second", "minute"}
+NOTHING = Amounts()
+
+
+class _Account:
+    """One limit, and what its present window has settled and holds."""
+
+    __slots__ = ("debt", "held", "held_in_window", "limit", "rolls_at", "settled", "window_id")
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.settled = self.held_in_window = self.debt = self.window_id = 0
+        self.rolls_at = 0.0
+
+    def roll(self, now: float) -> None:
+        """Begin a new window if the present one is over; a clock that jumps back changes nothing."""
+        if now >= self.rolls_at:
+            self.rolls_at = window_end(self.limit.window, now)
+            self.window_id += 1
+            self.settled = self.held_in_window = self.debt = 0
+
+    def free(self) -> int:
+        """Room for another hold; debt gives none, so an overrun is paid back by later requests."""
+        return self.limit.amount - self.settled - self.held_in_window
+
+
+class MemoryHold:
+    """See budget.ledger.Hold."""
+
+    __slots__ = ("_accounts", "_is_open", "_ledger", "_scopes", "_used", "_windows", "ceiling")
+
+    def __init__(self, ledger: MemoryLedger, scopes: Sequence[str], ceiling: Amounts) -> None:
+        self._ledger = ledger
+        self._scopes = scopes
+        self._accounts: list[_Account] = []
+        self._windows: list[int] = []
+        self._used = NOTHING
+        self._is_open = False
+        self.ceiling = ceiling
+
+    async def __aenter__(self) -> Self:
+        """Take the hold. Raises: HoldRefused; then nothing is held anywhere."""
+        self._accounts = self._ledger.take(self._scopes, self.ceiling)
+        self._windows = [account.window_id for account in self._accounts]
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Settle what was last reported, once."""
+        if self._is_open:
+            self._is_open = False
+            self._ledger.settle(self._accounts, self._windows, self.ceiling, self._used)
+
+    def report(self, used: Amounts) -> None:
+        """Say what was used so far."""
+        self._used = used
+
+    def remaining(self, unit: Unit) -> Remaining | None:
+        """The tightest limit of `unit` over the hold's scopes."""
+        tightest: _Account | None = None
+        for account in self._accounts:
+            if account.limit.unit == unit and (tightest is None or account.free() < tightest.free()):
+                tightest = account
+        if tightest is None:
+            return None
+        return Remaining(
+            limit=tightest.limit.amount,
+            remaining=max(0, tightest.free()),
+            reset_s=max(0.0, tightest.rolls_at - self._ledger.clock()),
+        )
+
+
+class MemoryLedger:
+    """See budget.ledger.Ledger."""
+
+    def __init__(self, limits: Sequence[Limit] = (), *, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self._accounts: dict[str, list[_Account]] = {}
+        self._held_tokens = self._held_thinking = self._held_nano_usd = 0
+        self.set_limits(limits)
+
+    def set_limits(self, limits: Sequence[Limit]) -> None:
+        """Replace the limits; what is settled and held under an unchanged scope, unit and window stays."""
+        known = {self._key(a.limit): a for accounts in self._accounts.values() for a in accounts}
+        self._accounts = {}
+        for limit in limits:
+            account = known.get(self._key(limit)) or _Account(limit)
+            account.limit = limit
+            self._accounts.setdefault(limit.scope, []).append(account)
+
+    def hold(self, scopes: Sequence[str], ceiling: Amounts) -> MemoryHold:
+        """A hold to be entered with `async with`."""
+        return MemoryHold(self, scopes, ceiling)
+
+    def held(self) -> Amounts:
+        """Everything held now."""
+        return Amounts(
+            tokens=self._held_tokens, thinking_tokens=self._held_thinking, nano_usd=self._held_nano_usd
+        )
+
+    async def close(self) -> None:
+        """Nothing is pending in memory."""
+
+    def take(self, scopes: Sequence[str], ceiling: Amounts) -> list[_Account]:
+        """Hold `ceiling` in every account of `scopes`, or raise HoldRefused for the tightest and hold nothing."""
+        accounts: list[_Account] = []
+        if self._accounts:
+            now = self.clock()
+            short: _Account | None = None
+            for scope in scopes:
+                for account in self._accounts.get(scope, ()):
+                    account.roll(now)
+                    accounts.append(account)
+                    missing = ceiling.of(account.limit.unit) - account.free()
+                    if missing > 0 and (short is None or _tightness(account) < _tightness(short)):
+                        short = account
+            if short is not None:
+                raise self._refusal(short, ceiling, now)
+            for account in accounts:
+                account.held_in_window += ceiling.of(account.limit.unit)
+        self._count(ceiling, 1)
+        return accounts
+
+    def settle(
+        self, accounts: Sequence[_Account], windows: Sequence[int], ceiling: Amounts, used: Amounts
+    ) -> None:
+        """Replace the hold by actual use in the windows it was taken in; overrun becomes debt."""
+        self._count(ceiling, -1)
+        for account, window_id in zip(accounts, windows, strict=True):
+            if account.window_id != window_id:
+                continue  # that window is over: its books are closed, nothing of it burdens the next
+            unit = account.limit.unit
+            account.held_in_window -= ceiling.of(unit)
+            if unit == "concurrency":
+                continue
+            account.settled += used.of(unit)
+            account.debt += max(0, used.of(unit) - ceiling.of(unit))
+
+    def _count(self, ceiling: Amounts, sign: int) -> None:
+        self._held_tokens += sign * ceiling.tokens
+        self._held_thinking += sign * ceiling.thinking_tokens
+        self._held_nano_usd += sign * ceiling.nano_usd
+
+    @staticmethod
+    def _key(limit: Limit) -> tuple[str, Unit, Window | None]:
+        return limit.scope, limit.unit, limit.window
+
+    @staticmethod
+    def _refusal(account: _Account, ceiling: Amounts, now: float) -> HoldRefused:
+        limit = account.limit
+        need = ceiling.of(limit.unit)
+        kind: Refusal
+        retry_after_s: float | None = max(0.001, account.rolls_at - now)
+        if need > limit.amount:
+            kind, retry_after_s = "budget_spent", None  # no wait makes it fit
+        elif limit.unit == "concurrency":
+            kind, retry_after_s = "rate", 1.0
+        elif limit.window in _RATE_WINDOWS:
+            kind = "rate"
+        elif limit.amount - account.settled >= need:
+            kind, retry_after_s = "budget_held", 1.0
+        else:
+            kind, retry_after_s = "budget_spent", None
+        per = f" per {limit.window}" if limit.window not in {None, "total"} else ""
+        remedy = " Ask for fewer tokens." if need > limit.amount else ""
+        return HoldRefused(
+            f"{limit.scope} has {max(0, account.free())} of {limit.amount} {_unit_name(limit.unit)}{per} left, "
+            f"and this request needs {need}.{remedy}",
+            scope=limit.scope,
+            unit=limit.unit,
+            kind=kind,
+            retry_after_s=retry_after_s,
+        )
+
+
+def _tightness(account: _Account) -> float:
+    return account.free() / account.limit.amount
+
+
+def _unit_name(unit: Unit) -> str:
+    return "nano-USD" if unit == "usd" else unit
+
+
+def window_end(window: Window | None, now: float) -> float:
+    """When the calendar window (UTC) that holds `now` ends, in epoch seconds; never, for total."""
+    if window is None or window == "total":
+        return float("inf")
+    if window == "month":
+        day = dt.datetime.fromtimestamp(now, tz=dt.UTC)
+        first = dt.datetime(day.year, day.month, 1, tzinfo=dt.UTC)
+        return first.timestamp() + calendar.monthrange(day.year, day.month)[1] * 86400.0
+    length = _FIXED_S[window]
+    return (now // length + 1) * length

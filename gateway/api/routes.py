@@ -1,0 +1,160 @@
+"""Routes: the hot ones as plain handlers, the rest on FastAPI.
+
+Owns: which path goes where, model lists, health, version, metrics, and what unbuilt routes answer.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from gateway import __version__
+from gateway.api.embeddings import serve_embedding
+from gateway.api.openapi import document
+from gateway.auth import check_model
+from gateway.config_load import environment
+from gateway.errors import GatewayError, MethodNotAllowed, ModelNotFound, Overloaded, RouteNotFound, Unauthenticated
+from gateway.serve import serve_completion
+
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+    from gateway.auth import Key
+    from gateway.edge import Exchange
+    from gateway.models import Model
+    from gateway.record import Record
+
+Handler = Callable[["Gateway", "Exchange", "Record"], Awaitable[None]]
+NOT_BUILT = {
+    "/v1/responses": "use /v1/chat/completions",
+    "/v1/messages": "use /v1/chat/completions",
+    "/v1/route": "the `thinkgate` object of every response says which mode was chosen and why",
+    "/v1/feedback": "there is nothing to use instead yet",
+    "/v1/trees": "use /v1/chat/completions with `n`",
+    "/v1/audio": "call the backend directly",
+    "/v1/images": "call the backend directly",
+    "/v1/files": "call the backend directly",
+    "/v1/batches": "send single requests",
+    "/v1/moderations": "call the backend directly",
+    "/admin/v1": "keys and limits live in the configuration file, which is reloaded when it changes",
+}
+
+
+async def chat(gateway: Gateway, exchange: Exchange, record: Record) -> None:
+    """POST /v1/chat/completions."""
+    await serve_completion(gateway, exchange, "chat", record)
+
+
+async def completions(gateway: Gateway, exchange: Exchange, record: Record) -> None:
+    """POST /v1/completions."""
+    await serve_completion(gateway, exchange, "completions", record)
+
+
+HOT_ROUTES: dict[str, Handler] = {
+    "/v1/chat/completions": chat,
+    "/v1/completions": completions,
+    "/v1/embeddings": serve_embedding,
+}
+
+
+def error_response(exc: GatewayError) -> Response:
+    """A `GatewayError` as a FastAPI response."""
+    response = Response(exc.body(), exc.http_status, media_type="application/json")
+    for name, value in exc.headers():
+        response.headers.append(name.decode(), value.decode())
+    return response
+
+
+async def not_found(request: Request, exc: Exception) -> Response:
+    """Unknown routes and wrong methods, in the error format of all others."""
+    path = request.url.path
+    if getattr(exc, "status_code", 404) == 405:
+        allow = (getattr(exc, "headers", None) or {}).get("Allow", "GET")
+        return error_response(MethodNotAllowed(f"Use {allow} for {path}.", allow=allow))
+    for prefix, instead in NOT_BUILT.items():
+        if path == prefix or path.startswith(prefix + "/"):
+            return error_response(RouteNotFound(f"{prefix} is not built yet: {instead}.", code="not_built"))
+    return error_response(RouteNotFound(f"There is no {path} here; see /openapi.json."))
+
+
+async def _failed(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, GatewayError)
+    return error_response(exc)
+
+
+def add_routes(gateway: Gateway) -> None:
+    """Register everything that is not hot."""
+    gateway.add_exception_handler(GatewayError, _failed)
+    gateway.openapi = lambda: document()  # type: ignore[method-assign]  # the documented way to replace it
+    _add_health(gateway)
+    _add_models(gateway)
+
+    @gateway.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics, on this port for holders of the admin token only."""
+        token = environment().get(gateway.serving.config.server.admin_token_env) or ""
+        given = request.headers.get("authorization", "")
+        if not token or not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise Unauthenticated("/metrics on this port needs the admin token; scrape server.metrics.port instead.")
+        return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_health(gateway: Gateway) -> None:
+    @gateway.get("/health/live")
+    async def live() -> JSONResponse:
+        """The process serves requests."""
+        return JSONResponse({"status": "ok"})
+
+    @gateway.get("/health/ready")
+    async def ready() -> Response:
+        """Every model has a backend that is up, and the server is not draining."""
+        if gateway.is_draining:
+            return error_response(Overloaded("The server is shutting down."))
+        down = [m.name for m in gateway.serving.models.values() if not any(slot.is_up for slot in m.slots)]
+        if down:
+            reasons = [slot.failure for slot in gateway.serving.models[down[0]].slots]
+            return error_response(Overloaded(f"No backend is up for {', '.join(down)}: {'; '.join(reasons)}"))
+        return JSONResponse({"status": "ok", "models": sorted(gateway.serving.models)})
+
+    @gateway.get("/version")
+    async def version() -> JSONResponse:
+        """The gateway's version."""
+        return JSONResponse({"name": "thinkgate", "version": __version__})
+
+
+def _add_models(gateway: Gateway) -> None:
+    def identify(request: Request) -> Key:
+        authorization = request.headers.get("authorization")
+        return gateway.serving.keyring.identify(None if authorization is None else authorization.encode("latin-1"))
+
+    @gateway.get("/v1/models")
+    async def list_models(request: Request) -> JSONResponse:
+        """The models this key may use."""
+        key = identify(request)
+        visible = [m for m in gateway.serving.models.values() if key.models is None or m.name in key.models]
+        return JSONResponse({"object": "list", "data": [_entry(gateway, model) for model in visible]})
+
+    @gateway.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str, request: Request) -> JSONResponse:
+        """One model."""
+        key = identify(request)
+        model = gateway.serving.models.get(model_id)
+        if model is None:
+            raise ModelNotFound(f"The model {model_id!r} does not exist.", param="model")
+        check_model(key, model_id)
+        return JSONResponse(_entry(gateway, model))
+
+
+def _entry(gateway: Gateway, model: Model) -> dict[str, object]:
+    lengths = [s.capabilities.max_model_len for s in model.slots if s.capabilities is not None]
+    known = [length for length in lengths if length]
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": gateway.started_s,
+        "owned_by": "thinkgate",
+        "max_model_len": min(known) if known else None,
+    }

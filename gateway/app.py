@@ -1,0 +1,212 @@
+"""Composition root: every part is built here, once, and passed down.
+
+Owns: the `Gateway` (an ASGI app: hot routes plain, the rest FastAPI), start and drain, and swapping the
+configuration while requests run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from budget.ledger import Limit
+from budget.memory import MemoryLedger
+from budget.price import nano_usd
+from gateway import __version__
+from gateway.api.routes import HOT_ROUTES, add_routes, not_found
+from gateway.auth import Keyring
+from gateway.backends.http_backend import HttpBackend
+from gateway.config_load import secret_sha256s
+from gateway.edge import ClientGone, Exchange, Receive, Scope, Send
+from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
+from gateway.log import LineWriter
+from gateway.metrics import Metrics, State
+from gateway.models import Model, Slot, build_models
+from gateway.record import Record
+from gateway.watch import Watch
+
+if TYPE_CHECKING:
+    from budget.ledger import Hold
+    from gateway.config import Config
+
+log = logging.getLogger("thinkgate")
+SWEEP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a reload swaps, all at once; a running request keeps the one it began with."""
+
+    config: Config
+    keyring: Keyring
+    models: dict[str, Model]
+
+
+def ledger_limits(config: Config) -> list[Limit]:
+    """The configured limits in the ledger's units."""
+    return [
+        Limit(
+            scope=limit.scope,
+            unit=limit.unit,
+            amount=nano_usd(limit.amount) if limit.unit == "usd" else int(limit.amount),
+            window=limit.window,
+        )
+        for limit in config.limits
+    ]
+
+
+class Gateway(FastAPI):
+    """The ASGI app.
+
+    Args:
+        config: a validated configuration.
+        log_stream: where the request lines go.
+
+    Raises: ConfigError when a secret or credential is missing.
+    """
+
+    def __init__(self, config: Config, *, log_stream: object = sys.stdout) -> None:
+        super().__init__(
+            title="thinkgate",
+            version=__version__,
+            lifespan=self._lifespan,
+            docs_url=None,
+            redoc_url=None,
+            exception_handlers={404: not_found, 405: not_found},
+        )
+        self.metrics = Metrics()
+        self.lines = LineWriter(log_stream)  # type: ignore[arg-type]  # anything with write and flush
+        self.serving = Serving(config, Keyring(config, secret_sha256s(config)), build_models(config))
+        self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
+        timeouts = config.server.timeouts
+        self.watch = Watch(slow_client_s=timeouts.slow_client_s, total_s=timeouts.total_s)
+        self.is_draining = False
+        self.metrics.registry.register(
+            State(self.ledger.held, lambda: len(self.watch), lambda: self.serving.models)
+        )
+        self.started_s = self._epoch_s = int(time.time())
+        self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        add_routes(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hot routes first, without a framework; everything else through FastAPI."""
+        if scope["type"] == "http":
+            route = HOT_ROUTES.get(scope["path"])
+            if route is not None:
+                await self._hot(route, scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+    async def _hot(self, route: object, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        record = Record(exchange, scope["path"])
+        try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"Use POST for {scope['path']}.", allow="POST")
+            if self.is_draining:
+                raise Overloaded("The server is shutting down.")
+            await route(self, exchange, record)  # type: ignore[operator]  # HOT_ROUTES holds handlers
+        except GatewayError as exc:
+            record.error = exc.code or exc.type
+            self.metrics.refusals.labels(record.error).inc()
+            await exchange.fail(exc)
+        except ClientGone:
+            record.ended_by = "disconnect"
+        finally:
+            record.publish(self.metrics, self.lines)
+
+    def epoch_s(self) -> int:
+        """Seconds since 1970, refreshed once a second."""
+        return self._epoch_s
+
+    def limit_headers(self, hold: Hold) -> Headers:
+        """`x-ratelimit-*` and the remaining budget, where limits exist."""
+        headers: Headers = []
+        for unit, name in (("requests", b"requests"), ("tokens", b"tokens")):
+            rest = hold.remaining(unit)  # type: ignore[arg-type]  # two of the units
+            if rest is None:
+                continue
+            headers += [
+                (b"x-ratelimit-limit-" + name, b"%d" % rest.limit),
+                (b"x-ratelimit-remaining-" + name, b"%d" % rest.remaining),
+                (b"x-ratelimit-reset-" + name, duration(rest.reset_s).encode()),
+            ]
+            if unit == "tokens":
+                headers.append((b"x-thinkgate-budget-remaining-tokens", b"%d" % rest.remaining))
+        return headers
+
+    def reload(self, config: Config) -> None:
+        """Put a new configuration in force; running requests end under the old one.
+
+        Raises: ConfigError when a secret or credential is missing; then the old one stays in force.
+        """
+        keyring = Keyring(config, secret_sha256s(config))
+        models = build_models(config, self.serving.models)
+        self.ledger.set_limits(ledger_limits(config))
+        self.serving = Serving(config, keyring, models)
+        self._watch_slots()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            background = [tasks.create_task(self.watch.run()), tasks.create_task(self._sweep())]
+            self._watch_slots()
+            try:
+                yield
+            finally:
+                for task in background:
+                    task.cancel()
+                for slot, task in self._slots.values():
+                    task.cancel()
+                    await slot.backend.close()
+                await self.ledger.close()
+                self.lines.close()
+
+    def _watch_slots(self) -> None:
+        """Keep a probing task for every slot in use; close the backends of slots that are gone."""
+        assert self._tasks is not None
+        wanted = {id(slot): slot for model in self.serving.models.values() for slot in model.slots}
+        for key in [key for key in self._slots if key not in wanted]:
+            slot, task = self._slots.pop(key)
+            task.cancel()
+            self._tasks.create_task(_close_when_idle(slot))
+        for key, slot in wanted.items():
+            if key not in self._slots:
+                self._slots[key] = (slot, self._tasks.create_task(slot.keep_up()))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._epoch_s = int(time.time())
+            for slot, _ in list(self._slots.values()):
+                if isinstance(slot.backend, HttpBackend):
+                    slot.backend.pool.sweep()
+
+
+async def _close_when_idle(slot: Slot) -> None:
+    while slot.in_flight:
+        await asyncio.sleep(SWEEP_S)
+    await slot.backend.close()
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: `12ms`, `6m0s`, `1h0m0s`."""
+    if seconds == float("inf"):
+        return "never"
+    if seconds < 1:
+        return f"{int(seconds * 1000)}ms"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes}m{rest}s"
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

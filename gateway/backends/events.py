@@ -1,0 +1,151 @@
+"""Server-sent events from an OpenAI-compatible server: bytes to events, events to typed chunks.
+
+Owns: event framing over arbitrary chunk borders, the part of a chunk the gateway reads, and cutting
+token ids out of an event without decoding the rest of it. O(bytes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gateway.errors import UpstreamError
+
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+DONE = b"[DONE]"
+_TOKEN_IDS = b',"token_ids":['
+_PROMPT_IDS = b',"prompt_token_ids":['
+
+
+class EventSplitter:
+    """Cuts a byte stream into event payloads; a payload is what stands after `data: `."""
+
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads completed by `data`, in order. Raises: UpstreamError for an endless event."""
+        if self._tail:
+            data = self._tail + data
+        if b"\r" in data:
+            # A lone CR at the end may be half a CRLF: wait for the rest before deciding.
+            keep = b"\r" if data.endswith(b"\r") else b""
+            data = data[: len(data) - len(keep)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + keep
+        events = data.split(b"\n\n")
+        self._tail = events.pop()
+        if len(self._tail) > MAX_EVENT_BYTES:
+            raise UpstreamError("The backend sent an event without an end.")
+        return [payload for event in events if (payload := _payload(event))]
+
+    def finish(self) -> list[bytes]:
+        """What stands after the last blank line, once the stream has ended."""
+        tail, self._tail = self._tail.strip(b"\r\n"), b""
+        payload = _payload(tail) if tail else b""
+        return [payload] if payload else []
+
+
+def _payload(event: bytes) -> bytes:
+    if event.startswith(b"data: ") and b"\n" not in event:
+        return event[6:]
+    lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines)
+
+
+class DeltaBody(Struct):
+    """`choices[].delta` of a chat chunk."""
+
+    role: str | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Raw | None = None
+
+
+class ChoiceBody(Struct):
+    """One choice of a chunk, of chat (`delta`) or text completions (`text`)."""
+
+    index: int = 0
+    delta: DeltaBody | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: Raw | None = None
+    stop_reason: Raw | None = None
+
+
+class PromptDetails(Struct):
+    """`usage.prompt_tokens_details`."""
+
+    cached_tokens: int | None = None
+
+
+class CompletionDetails(Struct):
+    """`usage.completion_tokens_details`."""
+
+    reasoning_tokens: int | None = None
+
+
+class UsageBody(Struct):
+    """`usage`."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
+
+
+class ChunkBody(Struct):
+    """The part of a chunk that the gateway reads."""
+
+    id: str = ""
+    created: int = 0
+    choices: list[ChoiceBody] = []
+    usage: UsageBody | None = None
+    error: Any = None
+
+
+_decoder = msgspec.json.Decoder(ChunkBody)
+
+
+def decode_chunk(event: bytes) -> ChunkBody:
+    """The typed view of an event. Raises: UpstreamError when it is no chunk, or carries an error."""
+    try:
+        chunk = _decoder.decode(event)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
+    if chunk.error is not None:
+        message = chunk.error.get("message") if isinstance(chunk.error, dict) else None
+        raise UpstreamError(f"The backend failed: {message or 'no reason given'}")
+    return chunk
+
+
+def cut_token_ids(event: bytes) -> bytes:
+    """The event without the choice's `token_ids`.
+
+    Such a byte sequence cannot stand inside a JSON string, where the quotes would be escaped.
+    """
+    start = event.rfind(_TOKEN_IDS)
+    if start < 0:
+        return event
+    return event[:start] + event[event.index(b"]", start) + 1 :]
+
+
+def cut_prompt_ids(event: bytes) -> tuple[bytes, int, list[int]]:
+    """The event without `prompt_token_ids`, how many there were, and the last few of them."""
+    start = event.find(_PROMPT_IDS)
+    if start < 0:
+        return event, 0, []
+    end = event.index(b"]", start)
+    ids = event[start + len(_PROMPT_IDS) : end]
+    if not ids:
+        return event[:start] + event[end + 1 :], 0, []
+    tail = [int(token) for token in ids[-160:].split(b",")[-12:]] if len(ids) < 160 else _tail_ids(ids)
+    return event[:start] + event[end + 1 :], ids.count(b",") + 1, tail
+
+
+def _tail_ids(ids: bytes) -> list[int]:
+    return [int(token) for token in ids[-160:].split(b",")[1:]][-12:]

@@ -1,0 +1,84 @@
+"""Split text with inline thinking markers, whatever the borders of its pieces.
+
+Owns: finding `start` and `end` in a text stream, also markers of several tokens that arrive in parts.
+Pure; O(text). Feeding a text in any pieces gives the same result as feeding it whole.
+"""
+
+from __future__ import annotations
+
+from gateway.backends.port import Kind
+
+Piece = tuple[Kind, str]
+
+
+def held_back(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that begins `marker` without completing it."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if marker.startswith(text[-length:]):
+            return length
+    return 0
+
+
+class MarkerSplitter:
+    """One choice's text, cut into thinking and answer; the markers themselves become INJECTED pieces.
+
+    Args:
+        start: opening marker; it is looked for only at the very beginning of the answer, after white space.
+        end: closing marker.
+        is_open: the prompt already opened the thinking.
+    """
+
+    __slots__ = ("_end", "_held", "_may_open", "_start", "is_open")
+
+    def __init__(self, start: str, end: str, *, is_open: bool = False) -> None:
+        self._start = start
+        self._end = end
+        self._held = ""
+        self._may_open = True
+        self.is_open = is_open
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that are certain by now."""
+        pieces: list[Piece] = []
+        text = self._held + text
+        self._held = ""
+        while text:
+            if self.is_open:
+                text = self._inside(text, pieces)
+            elif self._may_open:
+                text = self._before(text, pieces)
+            else:
+                pieces.append((Kind.ANSWER, text))
+                text = ""
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back, once no more text comes."""
+        held, self._held = self._held, ""
+        return [(Kind.THINKING if self.is_open else Kind.ANSWER, held)] if held else []
+
+    def _inside(self, text: str, pieces: list[Piece]) -> str:
+        before, marker, after = text.partition(self._end)
+        if marker:
+            if before:
+                pieces.append((Kind.THINKING, before))
+            pieces.append((Kind.INJECTED, marker))
+            self.is_open = self._may_open = False
+            return after
+        keep = held_back(text, self._end)
+        self._held = text[len(text) - keep :] if keep else ""
+        if len(text) > keep:
+            pieces.append((Kind.THINKING, text[: len(text) - keep]))
+        return ""
+
+    def _before(self, text: str, pieces: list[Piece]) -> str:
+        bare = text.lstrip()
+        if bare.startswith(self._start):
+            pieces.append((Kind.INJECTED, self._start))
+            self.is_open, self._may_open = True, False
+            return bare[len(self._start) :]
+        if self._start.startswith(bare):  # white space only, or the beginning of the marker
+            self._held = text
+            return ""
+        self._may_open = False
+        return text

@@ -1,0 +1,193 @@
+"""The port that every backend stands behind: one call in, deltas out.
+
+Owns: the vocabulary between `gateway/modes` and a backend. A backend translates `Call` into its own
+wire (HTTP for vLLM and OpenAI-compatible servers, a queue for the embedded engine) and yields
+`Delta`s, several at a time when several arrived together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, Protocol
+
+import msgspec
+
+from gateway.errors import InvalidRequest
+
+Surface = Literal["chat", "completions"]
+
+
+class Kind(IntEnum):
+    """What the tokens of a delta are; see docs/api.md, "Counting"."""
+
+    ANSWER = 0
+    THINKING = 1
+    INJECTED = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """How one call may think.
+
+    Attributes:
+        enabled: False in instant mode: the template's no-think switch is in `Call.fields` already.
+        cap: most thinking tokens per choice; None for no cap; 0 whenever not `enabled`.
+        start: opening marker, as text.
+        end: closing marker, as text.
+        wrap_up: forced before `end` when the cap ends the thinking, where the backend can.
+        native: the model thinks by itself; False: the chain has to be prefilled with `start`.
+    """
+
+    enabled: bool
+    cap: int | None
+    start: str = "<think>"
+    end: str = "</think>"
+    wrap_up: str = ""
+    native: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One model call, all dialects resolved.
+
+    Attributes:
+        surface: `chat` has `messages` in `fields`, `completions` has `prompt`.
+        request_id: for logs and engines; unique per client request.
+        model: the name at the backend.
+        fields: the client's top-level fields as JSON, checked, without those the gateway consumed
+            (model, stream, stream_options, limits, every thinking dialect); chat_template_kwargs
+            are final.
+        thinking: what `budget` allows.
+        max_tokens: most output tokens per choice, thinking, markers and answer together.
+        n: choices.
+        priority: lower goes first, 0 is the default class.
+        wants_token_ids: the client itself asked for `return_token_ids`.
+        trace_headers: W3C trace context to forward.
+    """
+
+    surface: Surface
+    request_id: str
+    model: str
+    fields: Mapping[str, msgspec.Raw]
+    thinking: Thinking
+    max_tokens: int
+    n: int = 1
+    priority: int = 0
+    wants_token_ids: bool = False
+    trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """What the backend itself says it processed.
+
+    Attributes:
+        prompt_tokens: the prompt once, cached part included.
+        completion_tokens: all choices together.
+        cached_tokens: part of `prompt_tokens`; None if the backend does not say.
+        reasoning_tokens: None if the backend does not say.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class Delta:
+    """What arrived for one choice.
+
+    Attributes:
+        index: the choice.
+        kind: of `text`. A delta never mixes thinking with answer in `text`.
+        text: thinking or answer text; empty for markers, tool calls and bookkeeping.
+        thinking: thinking tokens in this delta.
+        answer: answer tokens in this delta (tool-call and end-of-sequence tokens too).
+        injected: marker and forced tokens in this delta.
+        token_ids: ids of all those tokens, in order; empty if the backend gives none.
+        logprobs: JSON in chat or completions shape, for this delta's tokens.
+        tool_calls: JSON list of OpenAI tool-call deltas.
+        finish_reason: set once per choice, by its last delta.
+        stop_reason: JSON: the stop string or token id that ended it, as vLLM reports it.
+        capped: the cap ended this choice's thinking (said once, by the delta where it happened).
+        usage: set by the very last delta of the call (index is then meaningless).
+        prompt_tokens: length of the rendered prompt, said once, by backends that know it early.
+        prompt_token_ids: the rendered prompt, once, by backends that know it and were asked.
+        wire: the event as JSON (without "data: ") as an HTTP backend sent it, less what the client
+            did not ask for; empty (embedded engine): the edge encodes the fields above.
+    """
+
+    index: int = 0
+    kind: Kind = Kind.ANSWER
+    text: str = ""
+    thinking: int = 0
+    answer: int = 0
+    injected: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: msgspec.Raw | None = None
+    tool_calls: msgspec.Raw | None = None
+    finish_reason: str | None = None
+    stop_reason: msgspec.Raw | None = None
+    capped: bool = False
+    usage: Usage | None = None
+    prompt_tokens: int = 0
+    prompt_token_ids: list[int] | None = None
+    wire: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend was measured to do when it came up.
+
+    Attributes:
+        cap_binds: `thinking_token_budget` (or the engine) ends thinking at the cap; None: unknown.
+        cap_binds_with_tools: the same with tools in the request; None: unknown.
+        thinking_field: where thinking text arrives: `reasoning`, `reasoning_content`,
+            `inline` (markers in the content), or None (the model did not think).
+        token_ids_in: takes prompts as token ids.
+        token_ids_out: returns token ids when asked.
+        cached_tokens: reports cached prompt tokens.
+        tools: takes tools.
+        max_model_len: context window in tokens; None if it does not say.
+        detail: one remark per capability for `thinkgate check`, e.g. why something is unknown.
+    """
+
+    cap_binds: bool | None = None
+    cap_binds_with_tools: bool | None = None
+    thinking_field: str | None = None
+    token_ids_in: bool = False
+    token_ids_out: bool = False
+    cached_tokens: bool = False
+    tools: bool | None = None
+    max_model_len: int | None = None
+    detail: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One upstream server, or the engine in this process."""
+
+    id: str
+    kind: str
+
+    def generate(self, call: Call) -> AsyncIterator[list[Delta]]:
+        """Run `call`; closing the iterator aborts it at the backend at once.
+
+        Raises: UpstreamRejected, UpstreamError, DeadlinePassed, InvalidRequest.
+        """
+
+    async def probe(self) -> Capabilities:
+        """Measure what the backend can do. Raises UpstreamError when it is not up."""
+
+    async def close(self) -> None:
+        """Release connections or the engine; running calls are aborted."""
+
+
+def refuse_field(name: str, backend_kind: str, instead: str) -> InvalidRequest:
+    """The error for a field that we know and that this backend cannot honour."""
+    return InvalidRequest(
+        f"`{name}` is not supported by this model's {backend_kind} backend; {instead}",
+        param=name,
+        code="unsupported_parameter",
+    )

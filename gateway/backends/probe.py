@@ -1,0 +1,207 @@
+"""Measure what a backend does when it comes up, instead of believing what it says.
+
+Owns: the questions asked and how answers become `Capabilities`. Slow path: httpx, a handful of small
+calls, once per start or come-back of a backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from budget.cap import ThinkingMeter
+from gateway.backends.port import Capabilities
+from gateway.backends.reader import MarkerIds
+from gateway.errors import UpstreamError
+from gateway.fields import thinking_on
+
+if TYPE_CHECKING:
+    from gateway.backends.http_backend import HttpBackend
+
+PROBE_CAP = 4
+PROBE_MIN_TOKENS = 12
+PROBE_MAX_TOKENS = 24
+TIMEOUT_S = 60.0
+QUESTION = "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Think step by step."
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "description": "The time in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What one probing call returned."""
+
+    status: int
+    body: dict[str, Any]
+
+    def choice(self) -> dict[str, Any]:
+        choices = self.body.get("choices")
+        return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+
+    def message(self) -> dict[str, Any]:
+        message = self.choice().get("message")
+        return message if isinstance(message, dict) else {}
+
+    def error(self) -> str:
+        error = self.body.get("error")
+        text = error.get("message") if isinstance(error, dict) else None
+        return f"status {self.status}: {str(text or 'no reason given')[:160]}"
+
+
+class _Prober:
+    """The questions, over one HTTP client."""
+
+    def __init__(self, backend: HttpBackend, client: httpx.AsyncClient) -> None:
+        self._backend = backend
+        self._client = client
+        self.detail: dict[str, str] = {}
+
+    async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> _Answer:
+        """One call. Raises: UpstreamError when the backend does not answer."""
+        try:
+            response = await self._client.request(method, path, json=body)
+        except httpx.HTTPError as exc:
+            raise UpstreamError(f"The backend does not answer: {exc!r}") from exc
+        try:
+            parsed = response.json() if response.content else {}
+        except ValueError:
+            parsed = {}
+        return _Answer(response.status_code, parsed if isinstance(parsed, dict) else {})
+
+    async def models(self) -> int | None:
+        """The model's context window. Raises: UpstreamError when the backend does not serve it."""
+        answer = await self.ask("GET", "/v1/models")
+        if answer.status != 200:
+            raise UpstreamError(f"The backend does not list its models ({answer.error()}).")
+        entries = answer.body.get("data")
+        names = {e.get("id"): e for e in entries if isinstance(e, dict)} if isinstance(entries, list) else {}
+        wanted = self._backend.upstream_model
+        if names and wanted not in names:
+            raise UpstreamError(f"The backend serves {sorted(map(str, names))}, not {wanted!r}: set upstream_model.")
+        length = names.get(wanted, {}).get("max_model_len")
+        return length if isinstance(length, int) else None
+
+    async def marker_ids(self) -> MarkerIds | None:
+        """Ids of the thinking markers, where each is one token of the vocabulary."""
+        ids = [await self._single_token(text) for text in (self._backend.thinking.start, self._backend.thinking.end)]
+        if ids[0] is None or ids[1] is None:
+            self.detail["markers"] = "not single tokens here: split by text"
+            return None
+        return MarkerIds(ids[0], ids[1])
+
+    async def _single_token(self, text: str) -> int | None:
+        body = {"model": self._backend.upstream_model, "prompt": text, "add_special_tokens": False}
+        answer = await self.ask("POST", "/tokenize", body)
+        tokens = answer.body.get("tokens")
+        return tokens[0] if answer.status == 200 and isinstance(tokens, list) and len(tokens) == 1 else None
+
+    async def takes_ids(self, token_id: int) -> bool:
+        """Whether `/v1/completions` takes a prompt of token ids."""
+        body = {"model": self._backend.upstream_model, "prompt": [token_id], "max_tokens": 1}
+        return (await self.ask("POST", "/v1/completions", body)).status == 200
+
+    async def chat(self, **more: Any) -> _Answer:
+        """A short thinking call."""
+        body: dict[str, Any] = {
+            "model": self._backend.upstream_model,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "max_tokens": PROBE_MAX_TOKENS,
+            **more,
+        }
+        if self._backend.kind == "vllm":
+            body |= {"temperature": 0, "min_tokens": PROBE_MIN_TOKENS, "return_token_ids": True}
+            on = thinking_on(self._backend.thinking.off)
+            if on:
+                body["chat_template_kwargs"] = on
+        return await self.ask("POST", "/v1/chat/completions", body)
+
+
+async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]:
+    """Ask everything. Raises: UpstreamError when the backend is not up or does not serve the model."""
+    async with httpx.AsyncClient(
+        base_url=backend.pool.base_url, headers=backend.pool.headers, timeout=TIMEOUT_S, trust_env=False
+    ) as client:
+        prober = _Prober(backend, client)
+        max_len = await prober.models()
+        is_vllm = backend.kind == "vllm"
+        markers = await prober.marker_ids() if is_vllm else None
+        free = await prober.chat()
+        if free.status != 200:
+            raise UpstreamError(f"The backend refused a plain chat completion: {free.error()}")
+        ids_out = isinstance(free.choice().get("token_ids"), list)
+        can_count = markers is not None and ids_out
+        cap_binds = cap_binds_with_tools = tools = None
+        if is_vllm and can_count and markers is not None:
+            free_thinking, _ = count_thinking(free, markers)
+            cap_binds = await _cap_binds(prober, markers, free_thinking, "cap")
+            with_tools = await prober.chat(tools=[TOOL])
+            tools = with_tools.status == 200
+            if not tools:
+                prober.detail["tools"] = with_tools.error()
+            elif cap_binds:
+                thinking, _ = count_thinking(with_tools, markers)
+                cap_binds_with_tools = await _cap_binds(prober, markers, thinking, "cap + tools", tools=[TOOL])
+        elif is_vllm:
+            prober.detail["cap"] = "cannot be measured without token ids and single-token markers"
+        else:
+            prober.detail["cap"] = "an OpenAI-compatible server gives nothing to measure it by"
+        usage = free.body.get("usage")
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        return Capabilities(
+            cap_binds=cap_binds if is_vllm else False,
+            cap_binds_with_tools=cap_binds_with_tools,
+            thinking_field=_thinking_field(free, backend),
+            token_ids_in=is_vllm and await prober.takes_ids(markers.end if markers is not None else 1),
+            token_ids_out=ids_out,
+            cached_tokens=isinstance(details, dict) and details.get("cached_tokens") is not None,
+            tools=tools,
+            max_model_len=max_len,
+            detail=prober.detail,
+        ), markers
+
+
+async def _cap_binds(
+    prober: _Prober, markers: MarkerIds, free_thinking: int, name: str, **more: Any
+) -> bool | None:
+    """Whether a cap ends thinking that would have gone on; None when the model did not think that far."""
+    capped = await prober.chat(thinking_token_budget=PROBE_CAP, **more)
+    if capped.status != 200:
+        prober.detail[name] = f"refused, {capped.error()}"
+        return False
+    thinking, is_closed = count_thinking(capped, markers)
+    if thinking > PROBE_CAP or (free_thinking > PROBE_CAP and not is_closed):
+        prober.detail[name] = f"ignored: {thinking} thinking tokens under a cap of {PROBE_CAP}"
+        return False
+    if free_thinking <= PROBE_CAP:
+        prober.detail[name] = f"unknown: the model thought only {free_thinking} tokens without a cap"
+        return None
+    prober.detail[name] = f"{thinking} of {PROBE_CAP} tokens used, {free_thinking}+ without a cap"
+    return True
+
+
+def count_thinking(answer: _Answer, markers: MarkerIds) -> tuple[int, bool]:
+    """Thinking tokens of an answer by its ids, and whether the thinking was closed."""
+    prompt = answer.body.get("prompt_token_ids") or []
+    is_open = next((token == markers.start for token in reversed(prompt) if token in (markers.start, markers.end)), False)
+    meter = ThinkingMeter(markers.start, markers.end, cap=None, is_open=is_open)
+    meter.feed(answer.choice().get("token_ids") or [])
+    return meter.thinking, not meter.is_open
+
+
+def _thinking_field(answer: _Answer, backend: HttpBackend) -> str | None:
+    message = answer.message()
+    for name in ("reasoning", "reasoning_content"):
+        if message.get(name):
+            return name
+    content = str(message.get("content") or "")
+    if content.lstrip().startswith(backend.thinking.start):
+        return "inline"
+    return "inline_opened" if backend.thinking.end in content else None

@@ -1,0 +1,263 @@
+"""One upstream stream to deltas: whose tokens they are, and what the client may see of each event.
+
+Owns: per choice, sorting tokens into thinking, answer and markers. Token ids are the truth where the
+backend gives them (docs/adr/0003); else the fields the text came in; else inline markers. O(1) per event
+beyond decoding it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from budget.cap import Split, ThinkingMeter
+from gateway.backends.events import (
+    DONE,
+    ChoiceBody,
+    ChunkBody,
+    DeltaBody,
+    UsageBody,
+    cut_prompt_ids,
+    cut_token_ids,
+    decode_chunk,
+)
+from gateway.backends.markers import MarkerSplitter
+from gateway.backends.port import Call, Delta, Kind, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class MarkerIds:
+    """Vocabulary ids of the model's markers; only markers that are one token have them."""
+
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Choice:
+    meter: ThinkingMeter | None
+    splitter: MarkerSplitter | None
+
+
+class StreamReader:
+    """Reads the events of one call.
+
+    Args:
+        call: what was asked.
+        markers: ids of the thinking markers, if token ids can be read by them.
+        expects_ids: the backend was asked for token ids: an event without them carries no token.
+        inline: thinking arrives as marked text inside the content.
+        opened: for `inline`: the prompt opens the thinking itself.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        markers: MarkerIds | None,
+        *,
+        expects_ids: bool = False,
+        inline: bool = False,
+        opened: bool = False,
+    ) -> None:
+        self._call = call
+        self._markers = markers
+        self._expects_ids = expects_ids
+        self._inline = inline
+        self._opened = opened
+        self._choices: dict[int, _Choice] = {}
+        self._prompt_tail: list[int] = []
+        self._prompt_tokens = 0
+        self.is_done = False
+        self.usage: Usage | None = None
+
+    def read(self, event: bytes, out: list[Delta]) -> None:
+        """Append the deltas of one event. Raises: UpstreamError."""
+        if event == DONE:
+            self.is_done = True
+            return
+        prompt_tokens = 0
+        full_event = event
+        if b'"prompt_token_ids":[' in event:
+            event, count, tail = cut_prompt_ids(event)
+            if not self._prompt_tokens:  # every choice repeats the prompt: it counts once
+                self._prompt_tokens = prompt_tokens = count
+                self._prompt_tail = tail
+        chunk = decode_chunk(event)
+        if chunk.usage is not None:
+            self.usage = read_usage(chunk.usage)
+        wire = full_event if self._call.wants_token_ids else event
+        if len(chunk.choices) == 1:
+            self._one_choice(chunk, chunk.choices[0], wire, out)
+        else:
+            for choice in chunk.choices:
+                self._one_choice(chunk, choice, b"", out)
+        if prompt_tokens and out:
+            out[-1].prompt_tokens = prompt_tokens
+
+    def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
+        state = self._choices.get(choice.index) or self._new_choice(choice.index)
+        body = choice.delta or DeltaBody(content=choice.text)
+        thinking_text = body.reasoning or body.reasoning_content or ""
+        answer_text = body.content or ""
+        was_open = state.meter is not None and state.meter.is_open
+        capped_before = state.meter is not None and state.meter.capped
+        split = self._count(state, choice, thinking_text, answer_text)
+        if choice.token_ids and not self._call.wants_token_ids:
+            wire = cut_token_ids(wire)
+        delta = Delta(
+            index=choice.index,
+            kind=Kind.THINKING if thinking_text else Kind.ANSWER,
+            text=thinking_text or answer_text,
+            thinking=split.thinking,
+            answer=split.answer,
+            injected=split.injected,
+            token_ids=choice.token_ids or [],
+            logprobs=choice.logprobs,
+            tool_calls=body.tool_calls,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            capped=state.meter is not None and state.meter.capped and not capped_before,
+            wire=wire,
+        )
+        if state.splitter is not None and choice.delta is not None:
+            self._split_inline(chunk, state.splitter, delta, out)
+        elif thinking_text and answer_text:
+            first = Delta(index=choice.index, kind=Kind.THINKING, text=thinking_text)
+            first.wire = self._rebuild(chunk, first, {"reasoning": thinking_text})
+            delta.kind, delta.text = Kind.ANSWER, answer_text
+            delta.wire = self._rebuild(chunk, delta, {"content": answer_text})
+            out += [first, delta]
+        else:
+            self._settle_kind(chunk, delta, split, was_open, role=body.role)
+            out.append(delta)
+
+    def _settle_kind(self, chunk: ChunkBody, delta: Delta, split: Split, was_open: bool, role: str | None) -> None:
+        """Silence empty events; move text that a parser put into the wrong field, going by its tokens."""
+        is_empty = not delta.text and delta.finish_reason is None and delta.tool_calls is None
+        if is_empty and delta.logprobs is None and role is None:
+            delta.wire = b""
+            return
+        if not delta.wire:
+            field = "reasoning" if delta.kind is Kind.THINKING else "content"
+            delta.wire = self._rebuild(chunk, delta, _fields(role, field, delta.text))
+        if not delta.text or split.injected or not delta.token_ids:
+            return
+        if delta.kind is Kind.THINKING and split.answer and not split.thinking and not was_open:
+            delta.kind = Kind.ANSWER
+            delta.wire = self._rebuild(chunk, delta, _fields(role, "content", delta.text))
+        elif delta.kind is Kind.ANSWER and split.thinking and not split.answer and self._call.surface == "chat":
+            delta.kind = Kind.THINKING
+            delta.wire = self._rebuild(chunk, delta, _fields(role, "reasoning", delta.text))
+
+    def _split_inline(self, chunk: ChunkBody, splitter: MarkerSplitter, delta: Delta, out: list[Delta]) -> None:
+        """Cut one delta's content at markers; counts, logprobs and the finish stay with the last piece."""
+        pieces = splitter.feed(delta.text)
+        if delta.finish_reason is not None:
+            pieces += splitter.finish()
+        visible = [(kind, text) for kind, text in pieces if kind is not Kind.INJECTED]
+        if not delta.token_ids and delta.text:
+            markers = len(pieces) - len(visible)
+            delta.thinking = 1 if any(kind is Kind.THINKING for kind, _ in visible) else 0
+            delta.injected = 1 if markers and not delta.thinking else 0
+            delta.answer = 1 - min(1, delta.thinking + delta.injected)
+        for kind, text in visible[:-1]:
+            early = Delta(index=delta.index, kind=kind, text=text)
+            early.wire = self._rebuild(chunk, early, _fields(None, _field(kind), text))
+            out.append(early)
+        delta.kind, delta.text = visible[-1] if visible else (Kind.INJECTED, "")
+        if visible or delta.finish_reason is not None or delta.tool_calls is not None:
+            delta.wire = self._rebuild(chunk, delta, _fields(None, _field(delta.kind), delta.text))
+        elif splitter.is_open or pieces:
+            delta.wire = b""
+        out.append(delta)
+
+    def _count(self, state: _Choice, choice: ChoiceBody, thinking_text: str, answer_text: str) -> Split:
+        if choice.token_ids:
+            if state.meter is not None:
+                return state.meter.feed(choice.token_ids)
+            count = len(choice.token_ids)
+            return Split(thinking=count) if thinking_text else Split(answer=count)
+        if self._expects_ids and self._prompt_tokens:
+            return Split()
+        if thinking_text:
+            return Split(thinking=1)
+        has_more = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
+        return Split(answer=1) if has_more else Split()
+
+    def _new_choice(self, index: int) -> _Choice:
+        thinking, markers = self._call.thinking, self._markers
+        meter = None
+        if markers is not None:
+            is_open, slack = self._tail_state(markers)
+            meter = ThinkingMeter(markers.start, markers.end, cap=thinking.cap, is_open=is_open, slack=slack)
+        splitter = None
+        if self._inline:
+            splitter = MarkerSplitter(
+                thinking.start, thinking.end, is_open=meter.is_open if meter is not None else self._opened
+            )
+        choice = self._choices[index] = _Choice(meter, splitter)
+        return choice
+
+    def _tail_state(self, markers: MarkerIds) -> tuple[bool, int]:
+        """Whether the prompt's end left the thinking open, and how many tokens follow its marker."""
+        for back, token_id in enumerate(reversed(self._prompt_tail)):
+            if token_id == markers.end:
+                return False, 0
+            if token_id == markers.start:
+                return True, back
+        return False, 0
+
+    def _rebuild(self, chunk: ChunkBody, delta: Delta, fields: dict[str, Any]) -> bytes:
+        return build_chunk(chunk.id, chunk.created, self._call.model, delta, fields, ids=self._call.wants_token_ids)
+
+
+def _field(kind: Kind) -> str:
+    return "reasoning" if kind is Kind.THINKING else "content"
+
+
+def _fields(role: str | None, field: str, text: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": role} if role else {}
+    if text:
+        fields[field] = text
+    return fields
+
+
+def build_chunk(
+    chunk_id: str, created: int, model: str, delta: Delta, fields: dict[str, Any], *, ids: bool = False
+) -> bytes:
+    """A chat chunk with one choice, as JSON: `fields` is its `delta`, the rest comes from `delta`."""
+    if delta.tool_calls is not None:
+        fields = {**fields, "tool_calls": delta.tool_calls}
+    choice: dict[str, Any] = {
+        "index": delta.index,
+        "delta": fields,
+        "logprobs": delta.logprobs,
+        "finish_reason": delta.finish_reason,
+    }
+    if delta.stop_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
+    if ids and delta.token_ids:
+        choice["token_ids"] = delta.token_ids
+    chunk: dict[str, Any] = {
+        "id": chunk_id,
+        "object": "chat.completion.chunk",
+        "created": created,
+        "model": model,
+        "choices": [choice],
+    }
+    if delta.prompt_token_ids is not None:
+        chunk["prompt_token_ids"] = delta.prompt_token_ids
+    return msgspec.json.encode(chunk)
+
+
+def read_usage(body: UsageBody) -> Usage:
+    """`usage` as the gateway keeps it."""
+    prompt, completion = body.prompt_tokens_details, body.completion_tokens_details
+    return Usage(
+        prompt_tokens=body.prompt_tokens,
+        completion_tokens=body.completion_tokens or 0,
+        cached_tokens=prompt.cached_tokens if prompt is not None else None,
+        reasoning_tokens=completion.reasoning_tokens if completion is not None else None,
+    )

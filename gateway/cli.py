@@ -1,0 +1,177 @@
+"""The command line: `thinkgate serve | check | keys | eval | version`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+from prometheus_client import start_http_server
+
+from gateway import __version__
+from gateway.app import Gateway
+from gateway.check import check
+from gateway.config_load import ConfigError, load_config
+from gateway.log import configure
+from gateway.reload import Reloader
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from gateway.config import Config
+
+log = logging.getLogger("thinkgate")
+NOT_BUILT = {
+    "keys": "keys live in the configuration file for now: see docs/config.md, `keys`",
+    "eval": "the evaluation harness comes with plan-and-budget",
+}
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with our drain and reload.
+
+    Args:
+        config: uvicorn's.
+        gateway: the app it serves.
+        reloader: None when there is no file to reload.
+    """
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, reloader: Reloader | None) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._reloader = reloader
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop accepting; running requests may finish within the drain time."""
+        self._gateway.is_draining = True
+        super().handle_exit(sig, frame)
+
+    @contextlib.asynccontextmanager
+    async def companions(self) -> AsyncIterator[None]:
+        """The tasks that live beside the server: reloading, and the ready line."""
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self._announce())]
+            if self._reloader is not None:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reloader.ask)
+                running.append(tasks.create_task(self._reloader.run()))
+            try:
+                yield
+            finally:
+                for task in running:
+                    task.cancel()
+
+    async def _announce(self) -> None:
+        while not (self.started and all(any(s.is_up for s in m.slots) for m in self._gateway.serving.models.values())):
+            await asyncio.sleep(0.1)
+        config = self._gateway.serving.config
+        host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
+        model = next(iter(config.models))
+        auth = ' -H "Authorization: Bearer $YOUR_KEY"' if config.keys else ""
+        sys.stderr.write(
+            f"\nthinkgate {__version__} is ready on http://{host}:{port}/v1 (models: {', '.join(config.models)})\n"
+            f"Try it:\n  curl -N http://{host}:{port}/v1/chat/completions -H 'content-type: application/json'{auth} "
+            f"""-d '{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Name three rivers."}}]}}'\n\n"""
+        )
+        sys.stderr.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    configure()
+    try:
+        if options.command == "version":
+            sys.stdout.write(f"thinkgate {__version__}\n")
+            return 0
+        if options.command == "check":
+            return asyncio.run(check(load_config(options.file), sys.stdout))
+        if options.command in NOT_BUILT:
+            sys.stderr.write(f"thinkgate {options.command} is not built yet: {NOT_BUILT[options.command]}\n")
+            return 2
+        return _serve(options)
+    except ConfigError as exc:
+        sys.stderr.write("thinkgate: the configuration cannot be used\n")
+        sys.stderr.write("".join(f"  {line}\n" for line in str(exc).split("\n")))
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="thinkgate", description="OpenAI-compatible gateway, thinking on a budget.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="run the gateway (without --config: the embedded engine on loopback)")
+    serve.add_argument("--config", type=Path, help="configuration file")
+    serve.add_argument("--host", help="overrides server.host")
+    serve.add_argument("--port", type=int, help="overrides server.port")
+    serve.add_argument("--workers", type=int, help="overrides server.workers")
+    serve.add_argument("--model", help="without --config: a model folder or Hugging Face id for the embedded engine")
+    checker = commands.add_parser("check", help="validate a configuration and probe its backends")
+    checker.add_argument("file", type=Path)
+    for name in NOT_BUILT:
+        commands.add_parser(name, help="not built yet").add_argument("rest", nargs=argparse.REMAINDER)
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    overrides = {name: getattr(options, name) for name in ("host", "port", "workers") if getattr(options, name) is not None}
+    config = load_config(options.config, overrides=overrides, embedded_path=options.model)
+    for key in config.not_built_yet():
+        log.warning("configuration key has no effect yet", extra={"key": key})
+    gateway = Gateway(config)
+    _start_metrics(config, gateway)
+    if sys.platform != "win32":
+        import uvloop  # noqa: PLC0415  # not on Windows
+
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    else:
+        runner = asyncio.Runner()
+    with runner:
+        return runner.run(_run(config, gateway, options.config))
+
+
+def _start_metrics(config: Config, gateway: Gateway) -> None:
+    metrics = config.server.metrics
+    if metrics.port is None:
+        return
+    try:
+        start_http_server(metrics.port, addr=metrics.host, registry=gateway.metrics.registry)
+    except OSError as exc:
+        raise ConfigError(
+            f"server.metrics.port: {metrics.host}:{metrics.port} cannot be bound ({exc.strerror}); "
+            "set another, or null for none"
+        ) from exc
+
+
+async def _run(config: Config, gateway: Gateway, path: Path | None) -> int:
+    server = Server(
+        uvicorn.Config(
+            gateway,
+            host=config.server.host,
+            port=config.server.port,
+            http="httptools",
+            loop="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            backlog=4096,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(config.server.timeouts.drain_s),
+        ),
+        gateway,
+        None if path is None else Reloader(gateway, path),
+    )
+    async with server.companions():
+        await server.serve()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

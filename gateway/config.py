@@ -1,0 +1,349 @@
+"""The configuration: one frozen model, validated once, passed down.
+
+Owns: every key of the file (docs/config.md), its default and what a wrong value should have been.
+Does not own: reading files and the environment (config_load.py), nor secrets, which are only named here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Mode = Literal["instant", "reasoning", "agentic"]
+Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
+
+
+class Section(BaseModel):
+    """A part of the file: unknown keys are errors, values never change after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+
+class Metrics(Section):
+    """Where Prometheus scrapes; never the public port."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = 9464
+
+
+class Timeouts(Section):
+    """How long the gateway waits, for clients and for backends."""
+
+    body_s: float = Field(30, gt=0)
+    connect_s: float = Field(5, gt=0)
+    first_byte_s: float = Field(300, gt=0)
+    idle_s: float = Field(120, gt=0)
+    total_s: float = Field(3600, gt=0)
+    slow_client_s: float = Field(120, gt=0)
+    drain_s: float = Field(30, ge=0)
+
+
+class Server(Section):
+    """The public port and the limits of the process."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    workers: PositiveInt = 1
+    max_body_bytes: PositiveInt = 10 * 1024 * 1024
+    admin_token_env: str = "THINKGATE_ADMIN_TOKEN"  # noqa: S105  # the name of a variable
+    metrics: Metrics = Metrics()
+    timeouts: Timeouts = Timeouts()
+    media_hosts: tuple[str, ...] = ()
+
+
+class BackendConfig(Section):
+    """One upstream server, or the engine in this process."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    url: str | None = None
+    path: str | None = None
+    kind: Literal["vllm", "openai", "embedded"] = "vllm"
+    api_key_env: str | None = None
+    weight: float = Field(1, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_http(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme.startswith("dns+"):
+            raise ValueError("dns+http:// is not built yet: list the addresses as backends of their own")
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must look like http://host:8000 or https://host/path")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("must not carry credentials, a query or a fragment; use api_key_env")
+        return url.rstrip("/").removesuffix("/v1")
+
+    @model_validator(mode="after")
+    def _kind_has_its_address(self) -> Self:
+        if self.kind == "embedded":
+            if self.url is not None:
+                raise ValueError("an embedded backend has `path`, not `url`")
+            if self.path is None:
+                raise ValueError("an embedded backend needs `path`: a model folder or Hugging Face id")
+        elif self.url is None or self.path is not None:
+            raise ValueError(f"a {self.kind} backend needs `url`, and no `path`")
+        return self
+
+
+class ThinkingConfig(Section):
+    """How the model thinks, and how much it may."""
+
+    start: str = Field("<think>", min_length=1)
+    end: str = Field("</think>", min_length=1)
+    default_tokens: NonNegativeInt = 2048
+    max_tokens: NonNegativeInt = 16384
+    answer_floor_tokens: PositiveInt = 128
+    wrap_up: str = "\n\nTime is up: I answer with what I have.\n"
+    native: bool = True
+    enforce: Literal["auto", "native", "two_phase"] = "auto"
+    off: dict[str, object] = Field(default_factory=lambda: {"chat_template_kwargs": {"enable_thinking": False}})
+
+    @field_validator("enforce")
+    @classmethod
+    def _two_phase_is_not_built(cls, enforce: str) -> str:
+        if enforce == "two_phase":
+            raise ValueError("two_phase is not built yet: use auto or native")
+        return enforce
+
+    @field_validator("off")
+    @classmethod
+    def _off_switches_the_template(cls, off: dict[str, object]) -> dict[str, object]:
+        if set(off) - {"chat_template_kwargs"} or not isinstance(off.get("chat_template_kwargs", {}), dict):
+            raise ValueError("may only hold `chat_template_kwargs`, a mapping for the model's chat template")
+        return off
+
+    @model_validator(mode="after")
+    def _default_fits(self) -> Self:
+        if self.default_tokens > self.max_tokens:
+            raise ValueError(f"default_tokens {self.default_tokens} is above max_tokens {self.max_tokens}")
+        if self.start == self.end:
+            raise ValueError("start and end must differ")
+        return self
+
+
+class AnswerConfig(Section):
+    """How long the visible answer may be."""
+
+    default_tokens: PositiveInt = 1024
+    max_tokens: PositiveInt = 8192
+
+
+class Prices(Section):
+    """US dollars per million tokens of each kind."""
+
+    prompt: float = Field(0, ge=0)
+    cached: float | None = Field(None, ge=0)
+    thinking: float | None = Field(None, ge=0)
+    answer: float = Field(0, ge=0)
+
+
+class Architecture(Section):
+    """What the eFLOPs meter needs to know of the model."""
+
+    parameters: float = Field(gt=0)
+    layers: PositiveInt
+    query_heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+
+
+class Target(Section):
+    """One model behind a public name that maps to several."""
+
+    model: str
+
+
+class ModelConfig(Section):
+    """One public name, the backends that serve it and what it may spend."""
+
+    upstream_model: str | None = None
+    backends: tuple[BackendConfig, ...] = ()
+    thinking: ThinkingConfig = Field(default_factory=ThinkingConfig)
+    answer: AnswerConfig = AnswerConfig()
+    max_n: PositiveInt = 16
+    planner: str | None = None
+    fallback: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
+    effort_tokens: dict[Effort, NonNegativeInt] = Field(default_factory=dict)
+    price_usd_per_mtok: Prices | None = None
+    architecture: Architecture | None = None
+
+    @model_validator(mode="after")
+    def _has_backends(self) -> Self:
+        if self.targets:
+            raise ValueError("`targets` is not built yet: give this name `backends` of its own")
+        if not self.backends:
+            raise ValueError("needs at least one entry in `backends`")
+        ids = [backend.id for backend in self.backends]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"backend ids must be distinct, got {ids}")
+        return self
+
+
+class KeyConfig(Section):
+    """One API key: whose it is and what it may ask for. The secret itself never stands in the file."""
+
+    id: str = Field(pattern=r"^\S{1,64}$")
+    secret_env: str | None = None
+    secret_sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
+    user: str | None = None
+    team: str | None = None
+    org: str | None = None
+    models: tuple[str, ...] | None = None
+    modes: tuple[Mode, ...] | None = None
+    max_thinking_tokens: NonNegativeInt | None = None
+    degrade: tuple[Literal["cap", "effort", "instant", "model"], ...] = ()
+    tags: tuple[str, ...] = ()
+    reasoning_field: Literal["upstream", "both"] = "upstream"
+
+    @model_validator(mode="after")
+    def _has_one_secret(self) -> Self:
+        if (self.secret_env is None) == (self.secret_sha256 is None):
+            raise ValueError("needs exactly one of `secret_env` and `secret_sha256`")
+        return self
+
+
+class LimitConfig(Section):
+    """What a scope may spend per window."""
+
+    scope: str
+    unit: Literal["tokens", "thinking_tokens", "usd", "requests", "concurrency"]
+    amount: float = Field(gt=0)
+    window: Literal["second", "minute", "hour", "day", "month", "total"] | None = None
+
+    @model_validator(mode="after")
+    def _window_fits_unit(self) -> Self:
+        if not SCOPE.match(self.scope):
+            raise ValueError("scope must be org:, team:, user:, key:, model: or tag: and a name")
+        if (self.unit == "concurrency") != (self.window is None):
+            raise ValueError("concurrency has no `window`; every other unit needs one")
+        if self.unit != "usd" and self.amount != int(self.amount):
+            raise ValueError(f"amount of {self.unit} must be a whole number")
+        return self
+
+
+class StoreConfig(Section):
+    """Where budgets live."""
+
+    kind: Literal["memory", "sqlite", "redis"] = "memory"
+    path: str | None = None
+    url: str | None = None
+
+    @field_validator("kind")
+    @classmethod
+    def _only_memory_is_built(cls, kind: str) -> str:
+        if kind != "memory":
+            raise ValueError(f"the {kind} store is not built yet: use `memory` (budgets end with the process)")
+        return kind
+
+    @model_validator(mode="after")
+    def _address_fits(self) -> Self:
+        if self.path is not None or self.url is not None:
+            raise ValueError("the memory store takes neither `path` nor `url`")
+        return self
+
+
+class Routing(Section):
+    """Which mode a request gets that names none."""
+
+    default_mode: Literal["auto", "instant", "reasoning"] = "auto"
+    on_uncertain: Literal["instant", "reasoning"] = "reasoning"
+
+
+class SearchConfig(Section):
+    """Reserved for tree search."""
+
+    scorers: dict[str, object] = Field(default_factory=dict)
+
+
+class AgenticConfig(Section):
+    """Reserved for tools the gateway owns."""
+
+    mcp_servers: dict[str, object] = Field(default_factory=dict)
+    tools: dict[str, object] = Field(default_factory=dict)
+
+
+class Config(Section):
+    """The whole file."""
+
+    server: Server = Server()
+    models: Annotated[dict[str, ModelConfig], Field(min_length=1)]
+    keys: tuple[KeyConfig, ...] = ()
+    limits: tuple[LimitConfig, ...] = ()
+    store: StoreConfig = StoreConfig()
+    routing: Routing = Routing()
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    agentic: AgenticConfig = Field(default_factory=AgenticConfig)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        for problem in (*self._key_problems(), *self._limit_problems(), *self._server_problems()):
+            raise ValueError(problem)
+        return self
+
+    def _key_problems(self) -> list[str]:
+        ids = [key.id for key in self.keys]
+        problems = [f"keys: id {name!r} stands twice" for name in sorted(set(ids)) if ids.count(name) > 1]
+        problems += [
+            f"keys[{i}].models: {name!r} is not under `models` ({', '.join(self.models)})"
+            for i, key in enumerate(self.keys)
+            for name in key.models or ()
+            if name not in self.models
+        ]
+        return problems
+
+    def _limit_problems(self) -> list[str]:
+        problems = []
+        unpriced = [name for name, model in self.models.items() if model.price_usd_per_mtok is None]
+        for i, limit in enumerate(self.limits):
+            kind, _, name = limit.scope.partition(":")
+            if kind == "model" and name not in self.models:
+                problems.append(f"limits[{i}].scope: {name!r} is not under `models`")
+            reached = [name] if kind == "model" else list(self.models)
+            without = [model for model in reached if model in unpriced]
+            if limit.unit == "usd" and without:
+                problems.append(
+                    f"limits[{i}]: a usd limit needs models.{without[0]}.price_usd_per_mtok, or it could not be held"
+                )
+        return problems
+
+    def _server_problems(self) -> list[str]:
+        problems = []
+        embedded = [
+            f"models.{name}" for name, m in self.models.items() if any(b.kind == "embedded" for b in m.backends)
+        ]
+        if self.server.workers > 1 and self.store.kind == "memory":
+            problems.append("server.workers: above 1 needs a shared store; the memory store belongs to one process")
+        if self.server.workers > 1 and embedded:
+            problems.append(f"server.workers: above 1 would load the embedded engine of {embedded[0]} several times")
+        if not self.keys and self.server.host not in LOOPBACK_HOSTS:
+            problems.append(
+                f"server.host: {self.server.host!r} would answer anyone, since no `keys` are configured: "
+                "add keys or bind 127.0.0.1"
+            )
+        return problems
+
+    def not_built_yet(self) -> list[str]:
+        """Keys that validate but have no effect in this version; said at the start and by `check`."""
+        inert = []
+        for name, model in self.models.items():
+            inert += [
+                f"models.{name}.{key}"
+                for key in ("planner", "fallback", "architecture")
+                if getattr(model, key)
+            ]
+        inert += [f"keys[{i}].degrade" for i, key in enumerate(self.keys) if key.degrade]
+        inert += ["search.scorers"] if self.search.scorers else []
+        inert += [f"agentic.{key}" for key in ("mcp_servers", "tools") if getattr(self.agentic, key)]
+        return inert

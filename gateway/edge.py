@@ -1,0 +1,157 @@
+"""One HTTP exchange on the ASGI wire, without a framework in between.
+
+Owns: reading a bounded body, the headers the gateway cares for, and writing responses. Does not own: what
+they mean (serve.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from gateway.errors import DeadlinePassed, GatewayError, Headers, RequestTooLarge
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = (b"content-type", b"application/json")
+EVENT_STREAM: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_TRACE = (b"traceparent", b"tracestate")
+
+
+class ClientGone(Exception):
+    """The client closed the connection: nobody is left to answer."""
+
+
+class Exchange:
+    """A request and its response.
+
+    Attributes:
+        authorization: the header, or None.
+        request_id: the client's `x-request-id` if it is a sane one, else a new one.
+        trace: W3C trace context to forward.
+        has_started: the response's status is sent.
+        began_s: monotonic time of arrival.
+        wait_s: time spent waiting for a backend before the first byte.
+    """
+
+    __slots__ = (
+        "_content_length",
+        "_receive",
+        "_send",
+        "authorization",
+        "began_s",
+        "has_started",
+        "request_id",
+        "sending_since_s",
+        "status",
+        "trace",
+        "wait_s",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.began_s = time.perf_counter()
+        self._receive = receive
+        self._send = send
+        self.authorization: bytes | None = None
+        self.trace: tuple[tuple[bytes, bytes], ...] = ()
+        self._content_length = -1
+        self.has_started = False
+        self.status = 0
+        self.wait_s = 0.0
+        self.sending_since_s: float | None = None
+        request_id = b""
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                self.authorization = value
+            elif name == b"x-request-id":
+                request_id = value
+            elif name == b"content-length":
+                self._content_length = int(value) if value.isdigit() else -1
+            elif name in _TRACE:
+                self.trace = (*self.trace, (name, value))
+        sane = request_id and _REQUEST_ID.fullmatch(request_id)
+        self.request_id = request_id.decode() if sane else f"req-{os.urandom(12).hex()}"
+
+    @property
+    def receive(self) -> Receive:
+        """For whoever watches for the client's departure once the body is read."""
+        return self._receive
+
+    async def body(self, limit_bytes: int, timeout_s: float) -> bytes:
+        """The whole body.
+
+        Raises: RequestTooLarge, DeadlinePassed when it trickles in too slowly, ClientGone.
+        """
+        if self._content_length > limit_bytes:
+            raise _too_large(limit_bytes)
+        message = await self._receive()
+        if not message.get("more_body"):
+            return self._piece(message, 0, limit_bytes)
+        pieces = [self._piece(message, 0, limit_bytes)]
+        size = len(pieces[0])
+        try:
+            async with asyncio.timeout(timeout_s):
+                while message.get("more_body"):
+                    message = await self._receive()
+                    pieces.append(self._piece(message, size, limit_bytes))
+                    size += len(pieces[-1])
+        except TimeoutError as exc:
+            raise DeadlinePassed(f"The body did not arrive within {timeout_s:g} s.", code="body_timeout") from exc
+        return b"".join(pieces)
+
+    @staticmethod
+    def _piece(message: Message, size: int, limit_bytes: int) -> bytes:
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece: bytes = message.get("body", b"")
+        if size + len(piece) > limit_bytes:
+            raise _too_large(limit_bytes)
+        return piece
+
+    def overhead_s(self) -> float:
+        """Time since arrival that was not spent waiting for a backend."""
+        return time.perf_counter() - self.began_s - self.wait_s
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole response."""
+        await self.start(
+            status,
+            [*headers, (b"content-length", b"%d" % len(body)), (b"x-request-id", self.request_id.encode())],
+        )
+        await self.write(body, more=False)
+
+    async def fail(self, error: GatewayError) -> None:
+        """A whole error response, or an error event where the response is a stream that has begun."""
+        if self.has_started:
+            await self.write(b"data: %b\n\n" % error.body(), more=False)
+        else:
+            await self.respond(error.http_status, [JSON, *error.headers()], error.body())
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Status and headers."""
+        self.has_started = True
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, body: bytes, *, more: bool = True) -> None:
+        """A part of the body; waits while the client is slow."""
+        self.sending_since_s = time.perf_counter()
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self.sending_since_s = None
+
+
+def _too_large(limit_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The body is larger than {limit_bytes} bytes (server.max_body_bytes).")
+

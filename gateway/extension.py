@@ -1,0 +1,108 @@
+"""What every response says about thinking and money: the `thinkgate` object and `usage`.
+
+Owns: their shape (docs/api.md, "Responses").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+
+from budget.tokens import TokenCounts
+
+if TYPE_CHECKING:
+    from budget.ledger import Amounts
+
+
+class CapReport(Struct, kw_only=True, omit_defaults=True):
+    """The cap and how it was held.
+
+    Attributes:
+        tokens: most thinking tokens per choice; None: no cap could be held.
+        source: `request`, `effort`, `default` or `mode` (instant).
+        enforcement: `native` (the backend ends the thinking, the gateway counts), `none`.
+        hit: it ended the thinking of some choice.
+        overrun_tokens: thinking the backend sent beyond it; cut, counted as wasted.
+    """
+
+    tokens: int | None
+    source: str
+    enforcement: str
+    hit: bool
+    clamped_from: int | None = None
+    clamped_by: str | None = None
+    overrun_tokens: int = 0
+
+
+class Spent(Struct, kw_only=True):
+    """Amounts held or settled."""
+
+    tokens: int
+    thinking_tokens: int
+    nano_usd: int
+
+    @classmethod
+    def of(cls, amounts: Amounts) -> Spent:
+        """From the ledger's amounts."""
+        return cls(tokens=amounts.tokens, thinking_tokens=amounts.thinking_tokens, nano_usd=amounts.nano_usd)
+
+
+class Report(Struct, kw_only=True):
+    """The `thinkgate` object."""
+
+    mode: str
+    mode_reason: str
+    capped: bool
+    cap: CapReport
+    tokens: TokenCounts
+    hold: Spent
+    settled: Spent
+    cost_usd: float
+    backend: str
+    request_id: str
+    ended_by: str | None | msgspec.UnsetType = msgspec.UNSET
+    counted: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class PromptTokens(Struct):
+    """`usage.prompt_tokens_details`."""
+
+    cached_tokens: int
+
+
+class CompletionTokens(Struct):
+    """`usage.completion_tokens_details`."""
+
+    reasoning_tokens: int
+
+
+class UsageReport(Struct, kw_only=True):
+    """`usage`, as OpenAI defines it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
+
+    @classmethod
+    def of(cls, counts: TokenCounts) -> UsageReport:
+        """From tokens by kind."""
+        prompt, completion = counts.prompt + counts.cached, counts.completion()
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokens(counts.cached),
+            completion_tokens_details=CompletionTokens(counts.thinking),
+        )
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(report: Struct) -> bytes:
+    """As JSON."""
+    return _encoder.encode(report)

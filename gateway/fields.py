@@ -1,0 +1,128 @@
+"""Which of the client's fields reach a backend, and as what.
+
+Owns: the fields the gateway consumes, the ones a backend cannot honour, media addresses, and the
+template switches of a mode. Does not own: parsing (request.py), dialects (resolve.py). O(fields + parts).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Raw
+
+from gateway.backends.port import refuse_field
+from gateway.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from gateway.config import ThinkingConfig
+    from gateway.request import ChatFields, MediaUrl, RawFields
+
+CONSUMED = (
+    "model",
+    "stream",
+    "stream_options",
+    "n",
+    "max_tokens",
+    "max_completion_tokens",
+    "reasoning_effort",
+    "reasoning",
+    "thinking",
+    "thinking_config",
+    "enable_thinking",
+    "thinking_budget",
+    "thinking_token_budget",
+    "chat_template_kwargs",
+    "include_reasoning",
+    "thinkgate",
+    "return_token_ids",
+    "service_tier",
+)
+NOT_ON_VLLM = {
+    "functions": "use `tools`",
+    "function_call": "use `tool_choice`",
+    "prediction": "leave it out",
+    "web_search_options": "leave it out",
+    "audio": "leave it out",
+}
+
+
+def upstream_fields(raw: RawFields, thinking: ThinkingConfig, *, kind: str, mode: str) -> dict[str, Raw]:
+    """The fields that ride along to a backend of `kind`, template switches included.
+
+    Raises: InvalidRequest for a known field that such a backend cannot honour.
+    """
+    fields = dict(raw)
+    for name in CONSUMED:
+        fields.pop(name, None)
+    if kind == "openai":
+        for name in ("service_tier", "reasoning_effort", "max_completion_tokens"):
+            if name in raw:
+                fields[name] = raw[name]
+    else:
+        for name, instead in NOT_ON_VLLM.items():
+            if bytes(fields.get(name) or b"null") != b"null":
+                raise refuse_field(name, kind, instead)
+        if bytes(fields.get("store") or b"") == b"true":
+            raise refuse_field("store", kind, "nothing is stored here: leave it out")
+    if "messages" in raw:
+        switches = _template_kwargs(raw.get("chat_template_kwargs"), thinking, mode)
+        if switches:
+            fields["chat_template_kwargs"] = Raw(msgspec.json.encode(switches))
+    return fields
+
+
+def _template_kwargs(asked: Raw | None, thinking: ThinkingConfig, mode: str) -> dict[str, Any]:
+    kwargs: dict[str, Any] = dict(msgspec.json.decode(asked) or {}) if asked is not None else {}
+    for name in ("enable_thinking", "thinking"):
+        kwargs.pop(name, None)
+    off = thinking.off.get("chat_template_kwargs", {})
+    if mode == "instant":
+        return {**kwargs, **off} if isinstance(off, dict) else kwargs
+    return {**kwargs, **thinking_on(thinking.off)}
+
+
+def thinking_on(off: dict[str, object]) -> dict[str, bool]:
+    """The template's switches for thinking: the opposite of each switch in `thinking.off`."""
+    kwargs = off.get("chat_template_kwargs", {})
+    return {k: not v for k, v in kwargs.items() if isinstance(v, bool)} if isinstance(kwargs, dict) else {}
+
+
+def check_media(fields: ChatFields, allowed_hosts: Collection[str]) -> None:
+    """Refuse media that a backend would fetch from somewhere the operator did not allow.
+
+    Raises: InvalidRequest naming the part.
+    """
+    for i, message in enumerate(fields.messages):
+        if message.content is None or isinstance(message.content, str):
+            continue
+        for j, part in enumerate(message.content):
+            for name in ("image_url", "audio_url", "video_url"):
+                media: MediaUrl | str | None = getattr(part, name)
+                if media is not None:
+                    url = media if isinstance(media, str) else media.url
+                    _check_url(url, f"messages[{i}].content[{j}].{name}", allowed_hosts)
+
+
+def _check_url(url: str, param: str, allowed_hosts: Collection[str]) -> None:
+    if url[:5].lower() == "data:":
+        return
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        parts, host = None, None
+    if parts is None or parts.scheme not in {"http", "https"} or host not in allowed_hosts or "@" in parts.netloc:
+        raise InvalidRequest(
+            f"`{param}`: media may only come as data: URLs or from server.media_hosts.", param=param
+        )
+
+
+def check_choices(n: int, prompts: int, max_n: int) -> None:
+    """Raises: InvalidRequest when `n` times the number of prompts is above the model's max_n."""
+    if n * prompts > max_n:
+        field = "n" if n > 1 else "prompt"
+        raise InvalidRequest(f"`{field}`: at most {max_n} choices fit in one request.", param=field)

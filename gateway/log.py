@@ -1,0 +1,122 @@
+"""Structured logs: JSON lines, written off the event loop.
+
+Owns: the one line per request (never prompts or keys) and the format of all other records. The hot path
+appends to a list; a thread, woken a few times a second, encodes and writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from datetime import UTC, datetime
+from typing import IO, Any
+
+import msgspec
+
+FLUSH_EVERY_S = 0.2
+MAX_PENDING = 50_000
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
+
+
+class RequestLine(msgspec.Struct, omit_defaults=True):
+    """What is said of one request."""
+
+    time: float
+    request_id: str
+    route: str
+    status: int
+    key: str
+    model: str
+    mode: str
+    mode_reason: str
+    backend: str
+    stream: bool
+    seconds: float
+    overhead_ms: float
+    tokens: dict[str, int]
+    cap: int | None = None
+    capped: bool = False
+    ended_by: str | None = None
+    cost_nano_usd: int = 0
+    error: str | None = None
+    event: str = "request"
+    level: str = ""
+
+
+class LineWriter:
+    """Writes request lines from a thread of its own.
+
+    Args:
+        stream: where to.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._pending: list[RequestLine] = []
+        self._dropped = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="thinkgate-log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: RequestLine) -> None:
+        """Queue one line; a writer that cannot keep up drops lines and says how many."""
+        if len(self._pending) < MAX_PENDING:
+            self._pending.append(line)
+        else:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._stop.wait(FLUSH_EVERY_S):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        lines, self._pending = self._pending, []
+        dropped, self._dropped = self._dropped, 0
+        out = []
+        for line in lines:
+            record = msgspec.to_builtins(line)
+            record = {"time": _iso(record.pop("time")), "level": "info", "event": "request", **record}
+            out.append(msgspec.json.encode(record).decode())
+        if dropped:
+            out.append(msgspec.json.encode({"level": "warning", "event": "log lines dropped", "count": dropped}).decode())
+        if out:
+            self._stream.write("\n".join(out) + "\n")
+            self._stream.flush()
+
+
+class JsonFormatter(logging.Formatter):
+    """Every other record as one JSON line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line: dict[str, Any] = {
+            "time": _iso(record.created),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            "logger": record.name,
+        }
+        line.update({k: v for k, v in vars(record).items() if k not in _STANDARD})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=repr).decode()
+
+
+def configure(level: str = "INFO") -> None:
+    """Send all records as JSON lines to standard error, and uvicorn's own through the same."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+
+
+def _iso(epoch_s: float) -> str:
+    return datetime.fromtimestamp(epoch_s, tz=UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

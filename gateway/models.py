@@ -1,0 +1,182 @@
+"""The models this gateway serves, their backends, and which of those are up.
+
+Owns: one `Slot` per backend with its health, measured capabilities and calls in flight; the loop that
+probes backends until they are up and again when they were lost. Does not own: which backend is best
+(router/placement.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from budget.cap import Bounds
+from budget.price import PriceTable
+from gateway.backends.http_backend import HttpBackend
+from gateway.backends.port import Backend, Capabilities
+from gateway.config_load import backend_api_key
+from gateway.errors import GatewayError, Overloaded
+from router.placement import Candidate, place
+
+if TYPE_CHECKING:
+    from gateway.config import BackendConfig, Config, ModelConfig
+
+log = logging.getLogger("thinkgate.models")
+PROBE_AGAIN_S = 2.0
+
+
+class Slot:
+    """One backend of one model.
+
+    Attributes:
+        backend: None until it could be built (the embedded engine loads in the background).
+        capabilities: as measured; None while it is down.
+        in_flight: calls that were placed here and have not ended.
+        failure: why it is down, for humans.
+    """
+
+    def __init__(self, config: BackendConfig, build: Callable[[], Backend]) -> None:
+        self.config = config
+        self.backend = build()
+        self.capabilities: Capabilities | None = None
+        self.in_flight = 0
+        self.failure = "not probed yet"
+        self.suspect = asyncio.Event()
+
+    @property
+    def is_up(self) -> bool:
+        """Probed, and not lost since."""
+        return self.capabilities is not None
+
+    def mark_down(self, why: str) -> None:
+        """Take it out of placement until a probe succeeds again."""
+        if self.is_up:
+            log.warning("backend lost", extra={"backend": self.config.id, "reason": why})
+        self.capabilities = None
+        self.failure = why
+        self.suspect.set()
+
+    @contextmanager
+    def counted(self) -> Iterator[Backend]:
+        """Count a call here, from the decision to its end."""
+        self.in_flight += 1
+        try:
+            yield self.backend
+        finally:
+            self.in_flight -= 1
+
+    async def keep_up(self) -> None:
+        """Probe until it is up; wait until it is suspected; for ever."""
+        while True:
+            try:
+                self.capabilities = await self.backend.probe()
+                self.failure = ""
+                self.suspect.clear()
+                log.info("backend up", extra={"backend": self.config.id})
+                await self.suspect.wait()
+            except GatewayError as exc:
+                if self.failure != exc.message:
+                    log.warning("backend down", extra={"backend": self.config.id, "reason": exc.message})
+                self.failure = exc.message
+                await asyncio.sleep(PROBE_AGAIN_S)
+
+
+class Model:
+    """One public name.
+
+    Attributes:
+        upstream: its name at the backends.
+        prices: what its tokens cost.
+    """
+
+    def __init__(self, name: str, config: ModelConfig, slots: list[Slot]) -> None:
+        self.name = name
+        self.config = config
+        self.upstream = config.upstream_model or name
+        self.slots = slots
+        self.scope = f"model:{name}"
+        price = config.price_usd_per_mtok
+        self.prices = (
+            PriceTable()
+            if price is None
+            else PriceTable.from_usd_per_mtok(
+                price.prompt, price.answer, cached=price.cached, thinking=price.thinking
+            )
+        )
+
+    def bounds(self, key_max: int | None, total_max: int | None, answer_floor: int | None) -> Bounds:
+        """What limits a cap on this model."""
+        thinking = self.config.thinking
+        return Bounds(
+            model_max=thinking.max_tokens,
+            key_max=key_max,
+            total_max=total_max,
+            answer_floor=thinking.answer_floor_tokens if answer_floor is None else answer_floor,
+            default=thinking.default_tokens,
+            effort_tokens=self.config.effort_tokens,  # type: ignore[arg-type]  # a Literal is a str
+        )
+
+    def choose(self, without: Collection[Slot] = ()) -> Slot:
+        """The slot for the next call. Raises: Overloaded when none is usable."""
+        slots = self.slots
+        if len(slots) == 1 and slots[0].capabilities is not None and not without:
+            return slots[0]
+        placement = place(
+            [
+                Candidate(slot.config.id, slot.is_up and slot not in without, slot.in_flight, slot.config.weight)
+                for slot in slots
+            ],
+            random.choice,
+        )
+        if placement is None:
+            reasons = "; ".join(f"{slot.config.id}: {slot.failure or 'unreachable'}" for slot in slots)
+            log.info("no backend for request", extra={"model": self.name, "reason": reasons})
+            raise Overloaded(f"No backend of {self.name!r} is up at the moment: try again soon.", retry_after_s=2.0)
+        return slots[placement.position]
+
+
+def build_models(config: Config, known: dict[str, Model] | None = None) -> dict[str, Model]:
+    """Models of a configuration; a backend whose entry did not change is taken over from `known`.
+
+    Raises: ConfigError when a backend's credential is unset.
+    """
+    models = {}
+    for name, entry in config.models.items():
+        old = known.get(name) if known else None
+        slots = []
+        for backend in entry.backends:
+            kept = next((s for s in old.slots if _same(old, s, backend, entry)), None) if old is not None else None
+            slots.append(kept or Slot(backend, _builder(name, backend, entry, config)))
+        models[name] = Model(name, entry, slots)
+    return models
+
+
+def _same(old: Model, slot: Slot, backend: BackendConfig, entry: ModelConfig) -> bool:
+    return (
+        slot.config == backend
+        and old.config.upstream_model == entry.upstream_model
+        and old.config.thinking == entry.thinking
+    )
+
+
+def _builder(name: str, backend: BackendConfig, entry: ModelConfig, config: Config) -> Callable[[], Backend]:
+    def build() -> Backend:
+        if backend.kind == "embedded":
+            from gateway.backends.embedded import EmbeddedBackend  # noqa: PLC0415  # torch only where it is used
+
+            return EmbeddedBackend(
+                id=backend.id, path=backend.path or "", thinking=entry.thinking, on_progress=log.info
+            )
+        return HttpBackend(
+            backend,
+            entry.upstream_model or name,
+            entry.thinking,
+            api_key=backend_api_key(backend.api_key_env),
+            timeouts=config.server.timeouts,
+        )
+
+    return build

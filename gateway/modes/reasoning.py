@@ -1,0 +1,102 @@
+"""Reasoning mode on the native path: the backend caps, the gateway counts and holds it to the cap.
+
+Owns: cutting a backend that thinks beyond the cap, and stop strings, which only ever end the answer.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway.backends.port import Delta, Kind
+from gateway.modes.flow import flow
+from gateway.stop import StopFilter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from gateway.modes.flow import Run
+
+
+def reasoning(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncIterator[list[Delta]]:
+    """Thinking and answer deltas; the answer ends before the first of `stops`."""
+    return stopped_flow(run, stops, keep_stop=keep_stop) if stops else capped_flow(run)
+
+
+async def capped_flow(run: Run) -> AsyncIterator[list[Delta]]:
+    """As `flow`; a choice whose thinking passes the cap ends the call, and what is beyond is wasted."""
+    cap = run.call.thinking.cap
+    by_choice = run.tally.thinking_by_choice
+    async with aclosing(flow(run)) as batches:
+        async for deltas in batches:
+            if cap is not None and by_choice and max(by_choice.values()) > cap:
+                kept = _within(run, deltas, cap)
+                run.tally.capped = True
+                yield [*kept, *run.end("cap")]
+                return
+            yield deltas
+
+
+def _within(run: Run, deltas: list[Delta], cap: int) -> list[Delta]:
+    """Deltas up to the cap; thinking tokens beyond it are moved to `wasted`."""
+    over = {index: used - cap for index, used in run.tally.thinking_by_choice.items() if used > cap}
+    kept = []
+    for delta in deltas:
+        if delta.index in over and delta.thinking:
+            beyond = min(delta.thinking, over[delta.index])
+            over[delta.index] -= beyond
+            run.overrun += beyond
+            run.tally.waste(delta, beyond)
+            run.finished.discard(delta.index)
+            continue
+        kept.append(delta)
+    return kept
+
+
+async def stopped_flow(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncIterator[list[Delta]]:
+    """As `capped_flow`, with the answer of each choice ended at a stop string."""
+    filters = [StopFilter(stops, keep=keep_stop) for _ in range(run.choices)]
+    async with aclosing(capped_flow(run)) as batches:
+        async for deltas in batches:
+            kept = [delta for delta in deltas if _filter(run, filters, delta)]
+            if kept:
+                yield kept
+            if all(stop.hit is not None for stop in filters):
+                return
+
+
+def _filter(run: Run, filters: list[StopFilter], delta: Delta) -> bool:
+    """Apply the choice's filter to one delta; False when it comes after the stop string."""
+    if delta.usage is not None or delta.index >= len(filters):
+        return True
+    stop = filters[delta.index]
+    if stop.hit is not None:
+        run.tally.answer -= delta.answer
+        run.tally.wasted += delta.answer
+        return False
+    is_answer = delta.kind is Kind.ANSWER
+    if not is_answer or not (delta.text or delta.finish_reason is not None):
+        return True
+    text = stop.feed(delta.text, is_last=delta.finish_reason is not None)
+    if text == delta.text and stop.hit is None:
+        return True
+    delta.text = text
+    if stop.hit is not None:
+        delta.finish_reason = "stop"
+        delta.stop_reason = msgspec.Raw(msgspec.json.encode(stop.hit))
+        run.finished.add(delta.index)
+    if delta.wire:
+        delta.wire = _with_text(delta)
+    return True
+
+
+def _with_text(delta: Delta) -> bytes:
+    chunk: dict[str, Any] = msgspec.json.decode(delta.wire)
+    choice = chunk["choices"][0]
+    choice["delta"]["content"] = delta.text
+    choice["finish_reason"] = delta.finish_reason
+    if delta.stop_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
+    return msgspec.json.encode(chunk)

@@ -1,0 +1,133 @@
+"""A backend's whole JSON answer, made ours without taking it apart.
+
+Owns: the non-streamed instant path (docs/adr/0004): counting, stripping what the client did not ask for,
+and adding `usage` details and `thinkgate`. O(body bytes), decoding only what is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from budget.cap import ThinkingMeter
+from gateway.backends.events import UsageBody, cut_token_ids
+from gateway.backends.reader import read_usage
+from gateway.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from gateway.backends.reader import MarkerIds
+    from gateway.tally import Tally
+
+HIDDEN = ("prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics")
+
+
+class _Message(Struct):
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(Struct):
+    message: _Message | None = None
+    token_ids: list[int] | None = None
+
+
+class _Body(Struct):
+    choices: list[_Choice]
+    usage: UsageBody | None = None
+    prompt_token_ids: Raw | None = None
+
+
+_body_decoder = msgspec.json.Decoder(_Body)
+_fields_decoder = msgspec.json.Decoder(dict[str, Raw])
+
+
+class PlainAnswer:
+    """One whole answer.
+
+    Args:
+        body: the backend's JSON.
+        markers: ids of the thinking markers, if known.
+
+    Raises: UpstreamError when it is no completion.
+    """
+
+    def __init__(self, body: bytes, markers: MarkerIds | None) -> None:
+        try:
+            self._typed = _body_decoder.decode(body)
+            self._fields = _fields_decoder.decode(body)
+        except (msgspec.DecodeError, RecursionError) as exc:
+            raise UpstreamError("The backend answered with something that is no completion.") from exc
+        self._markers = markers
+
+    def count(self, tally: Tally) -> None:
+        """Add what the answer used."""
+        if self._typed.usage is not None:
+            tally.usage = read_usage(self._typed.usage)
+        for choice in self._typed.choices:
+            if choice.token_ids is None:
+                continue
+            tally.has_ids = True
+            if self._markers is None or choice.message is None:
+                tally.answer += len(choice.token_ids)
+                continue
+            meter = ThinkingMeter(self._markers.start, self._markers.end, cap=0, is_open=self._is_open())
+            split = meter.feed(choice.token_ids)
+            tally.wasted += split.thinking  # the cap of instant mode is 0: what was thought is cut
+            tally.answer += split.answer
+            tally.injected += split.injected
+
+    def render(
+        self, model: str | None, *, usage: bytes, extension: bytes, has_thinking: bool, wants_token_ids: bool
+    ) -> bytes:
+        """The client's body.
+
+        Args:
+            model: public name, if it differs from the backend's.
+            usage: as JSON.
+            extension: the `thinkgate` object, as JSON.
+            has_thinking: tokens say the model did think, and that text is cut; else text in
+                `reasoning` is the answer.
+            wants_token_ids: the client asked for ids.
+        """
+        fields: dict[str, Any] = self._fields
+        if not wants_token_ids:
+            for name in HIDDEN:
+                fields.pop(name, None)
+        if model is not None:
+            fields["model"] = model
+        fields["usage"] = Raw(usage)
+        fields["thinkgate"] = Raw(extension)
+        if any(choice.token_ids for choice in self._typed.choices):
+            fields["choices"] = self._choices(has_thinking, wants_token_ids)
+        return msgspec.json.encode(fields)
+
+    def _choices(self, has_thinking: bool, wants_token_ids: bool) -> Any:
+        has_field = any(
+            c.message is not None and (c.message.reasoning or c.message.reasoning_content)
+            for c in self._typed.choices
+        )
+        if not has_field and len(self._typed.choices) == 1 and not wants_token_ids:
+            return Raw(cut_token_ids(bytes(self._fields["choices"])))
+        choices = msgspec.json.decode(self._fields["choices"])
+        for choice in choices:
+            if not wants_token_ids:
+                choice.pop("token_ids", None)
+            message = choice.get("message")
+            if has_field and isinstance(message, dict):
+                text = "".join(message.pop(name, None) or "" for name in ("reasoning", "reasoning_content"))
+                message["content"] = ("" if has_thinking else text) + (message.get("content") or "")
+        return choices
+
+    def _is_open(self) -> bool:
+        prompt, markers = self._typed.prompt_token_ids, self._markers
+        if prompt is None or markers is None:
+            return False
+        tail = bytes(prompt)[-128:].strip(b"[] ").split(b",")
+        for token in reversed(tail[1:] if len(tail) > 1 else tail):
+            if token.strip() == b"%d" % markers.end:
+                return False
+            if token.strip() == b"%d" % markers.start:
+                return True
+        return False

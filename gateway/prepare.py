@@ -1,0 +1,252 @@
+"""From a parsed request to what will be run and held: steps three to five of the request.
+
+Owns: putting `Ask`, model, key and mode together into one `Prepared`, and the errors when they do not fit.
+Pure; O(fields). Does not own: dialects (resolve.py), cap arithmetic (budget/cap.py), modes (router/mode.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
+from budget.ledger import Amounts
+from gateway.auth import Key, check_model
+from gateway.backends.port import Call, Surface, Thinking
+from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
+from gateway.extension import CapReport
+from gateway.fields import check_choices, check_media, upstream_fields
+from gateway.request import RawFields, parse_chat, parse_completion
+from gateway.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
+from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
+
+if TYPE_CHECKING:
+    from gateway.config import Config
+    from gateway.models import Model
+
+TEMPLATE_MARGIN_TOKENS = 256
+MEDIA_PART_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything decided before anything is spent.
+
+    Attributes:
+        ask: what the client wants.
+        model: where it runs.
+        decision: mode and why.
+        call: what a backend will run.
+        cap: for the response.
+        ceiling: the most it can use, to be held.
+        stops: stop strings the gateway matches itself.
+        keep_stop: leave the matched one in the text.
+    """
+
+    ask: Ask
+    model: Model
+    decision: ModeDecision
+    call: Call
+    cap: CapReport
+    ceiling: Amounts
+    stops: tuple[str, ...] = ()
+    keep_stop: bool = False
+
+    @property
+    def choices(self) -> int:
+        """Choices expected over all prompts."""
+        return self.ask.n * self.ask.prompts
+
+    def is_plain(self) -> bool:
+        """Whether the backend's whole answer may be passed on: nothing needs watching token by token."""
+        return (
+            self.decision.mode == "instant"
+            and not self.ask.stream
+            and self.ask.envelope is None
+            and self.model.config.backends[0].kind != "embedded"
+        )
+
+
+def prepare(
+    body: bytes,
+    surface: Surface,
+    key: Key,
+    models: Mapping[str, Model],
+    config: Config,
+    *,
+    request_id: str,
+    trace: tuple[tuple[bytes, bytes], ...],
+) -> Prepared:
+    """Parse, resolve and decide.
+
+    Raises: InvalidRequest, ModelNotFound, PermissionDenied.
+    """
+    ask, raw = _ask(body, surface, models, config)
+    model = find_model(ask.model, models, key)
+    check_choices(ask.n, ask.prompts, model.config.max_n)
+    bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
+    decision = _decide(ask, key, bounds, config)
+    cap, report = _cap(ask, decision.mode, bounds, model)
+    if decision.mode == "reasoning" and cap is not None and cap.tokens == 0:
+        decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}")
+    is_thinking = decision.mode == "reasoning"
+    cap_tokens = None if report.tokens is None else report.tokens
+    max_tokens = _max_tokens(ask, decision.mode, cap, model)
+    stops, keep_stop, raw = _own_stops(raw) if is_thinking else ((), False, raw)
+    thinking = model.config.thinking
+    call = Call(
+        surface=surface,
+        request_id=request_id,
+        model=model.upstream,
+        fields=upstream_fields(raw, thinking, kind=model.config.backends[0].kind, mode=decision.mode),
+        thinking=Thinking(
+            enabled=is_thinking,
+            cap=cap_tokens if is_thinking else 0,
+            start=thinking.start,
+            end=thinking.end,
+            wrap_up=thinking.wrap_up,
+            native=thinking.native,
+        ),
+        max_tokens=max_tokens,
+        n=ask.n,
+        priority=ask.priority,
+        wants_token_ids=ask.wants_token_ids,
+        trace_headers=trace,
+    )
+    ceiling = _ceiling(ask, raw, model, cap_tokens if is_thinking else 0, max_tokens)
+    return Prepared(ask, model, decision, call, report, ceiling, stops, keep_stop)
+
+
+def _ask(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> tuple[Ask, RawFields]:
+    if surface == "chat":
+        chat, raw = parse_chat(body)
+        name, suffix = split_suffix(chat.model, models)
+        check_media(chat, config.server.media_hosts)
+        return resolve_chat(chat, name, suffix), raw
+    text, raw = parse_completion(body)
+    name, suffix = split_suffix(text.model, models)
+    return resolve_completion(text, name, suffix), raw
+
+
+def find_model(name: str, models: Mapping[str, Model], key: Key) -> Model:
+    """The model of that public name. Raises: ModelNotFound, PermissionDenied."""
+    model = models.get(name)
+    if model is None:
+        raise ModelNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do.", param="model")
+    check_model(key, name)
+    return model
+
+
+def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config) -> ModeDecision:
+    facts = ModeFacts(
+        asked=ask.mode,
+        asked_by=ask.mode_field,
+        allowed=key.modes,
+        default_mode=config.routing.default_mode,
+        on_uncertain=config.routing.on_uncertain,
+        thinking_room=bounds.ceiling()[0],
+    )
+    try:
+        return decide_mode(facts)
+    except ModeForbidden as exc:
+        allowed = ", ".join(sorted(exc.allowed)) or "none"
+        raise PermissionDenied(
+            f"This key may not use {exc.mode} mode (allowed: {allowed}).", param=ask.mode_field
+        ) from exc
+
+
+def _cap(ask: Ask, mode: Mode, bounds: Bounds, model: Model) -> tuple[Cap | None, CapReport]:
+    """The cap, and how it will be held. Raises: InvalidRequest when an explicit one cannot be."""
+    if mode == "instant":
+        return None, CapReport(tokens=0, source="mode", enforcement="native", hit=False)
+    explicit = ask.thinking_tokens
+    try:
+        if explicit == UNCAPPED:
+            ceiling, why = bounds.ceiling()
+            cap = Cap(tokens=ceiling, source="request", clamped_by=why)
+        else:
+            cap = allow(explicit, ask.effort, bounds)
+    except CapTooHigh as exc:
+        raise InvalidRequest(
+            f"`{ask.thinking_field}` is {explicit}, but the most that fits is {exc.allowed}: {exc.limit}.",
+            param=ask.thinking_field,
+            code="thinking_budget_too_high",
+        ) from exc
+    binds, why_not = _cap_binds(model, has_tools=ask.has_tools)
+    if not binds and explicit is not None:
+        raise InvalidRequest(
+            f"`{ask.thinking_field}`: no backend of {model.name!r} was measured to hold a thinking cap"
+            f" ({why_not}), and two-phase enforcement is not built yet: leave the cap out or use instant mode.",
+            param=ask.thinking_field,
+            code="cap_not_enforceable",
+        )
+    return cap, CapReport(
+        tokens=cap.tokens if binds else None,
+        source=cap.source,
+        enforcement="native" if binds else "none",
+        hit=False,
+        clamped_from=cap.clamped_from,
+        clamped_by=cap.clamped_by,
+    )
+
+
+def _cap_binds(model: Model, *, has_tools: bool) -> tuple[bool, str]:
+    """Whether the backends that are up hold a cap; if none is up, placement will say so."""
+    up = [slot.capabilities for slot in model.slots if slot.capabilities is not None]
+    for capabilities in up:
+        binds = capabilities.cap_binds_with_tools if has_tools else capabilities.cap_binds
+        if not binds:
+            name = "cap + tools" if has_tools and capabilities.cap_binds else "cap"
+            return False, capabilities.detail.get(name, "not measured")
+    return True, ""
+
+
+def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model) -> int:
+    """Most output tokens per choice. Raises: InvalidRequest when the request's own limit is too high."""
+    answer = model.config.answer
+    thinking_max = model.config.thinking.max_tokens if mode == "reasoning" else 0
+    most = answer.max_tokens + (thinking_max + MARKER_ALLOWANCE_TOKENS if thinking_max else 0)
+    if ask.total_max is None:
+        thought = 0 if cap is None or mode == "instant" else cap.tokens + MARKER_ALLOWANCE_TOKENS
+        wanted = thought + max(answer.default_tokens, ask.answer_floor or 0)
+        lengths = [s.capabilities.max_model_len for s in model.slots if s.capabilities is not None]
+        return min([wanted, most, *(length - 1 for length in lengths if length)])
+    if ask.total_max > most:
+        raise InvalidRequest(
+            f"`{ask.total_field}` is {ask.total_max}, but this model gives at most {most} tokens in {mode} mode.",
+            param=ask.total_field,
+            code="max_tokens_too_high",
+        )
+    return ask.total_max
+
+
+def _own_stops(raw: RawFields) -> tuple[tuple[str, ...], bool, RawFields]:
+    """Take `stop` out of the backend's fields: in reasoning mode the gateway matches it."""
+    if "stop" not in raw:
+        return (), False, raw
+    stop = msgspec.json.decode(raw["stop"]) or []
+    keep = bytes(raw.get("include_stop_str_in_output") or b"") == b"true"
+    rest = {name: value for name, value in raw.items() if name not in {"stop", "include_stop_str_in_output"}}
+    return ((stop,) if isinstance(stop, str) else tuple(stop)), keep, rest
+
+
+def _ceiling(ask: Ask, raw: RawFields, model: Model, cap: int | None, max_tokens: int) -> Amounts:
+    """The hold: prompt bound + output limit times choices; bytes bound the prompt's tokens from above."""
+    prompt = TEMPLATE_MARGIN_TOKENS + sum(
+        len(bytes(raw[name])) for name in ("messages", "prompt", "tools", "response_format") if name in raw
+    )
+    messages = raw.get("messages")
+    if messages is not None and b"_url" in bytes(messages):
+        prompt += MEDIA_PART_TOKENS * bytes(messages).count(b"_url")
+    choices = ask.n * ask.prompts
+    thinking = max_tokens if cap is None else min(cap, max_tokens)
+    return Amounts(
+        tokens=prompt + choices * max_tokens,
+        thinking_tokens=choices * thinking,
+        nano_usd=model.prices.ceiling_nano_usd(
+            prompt=prompt, thinking=choices * thinking, answer=choices * (max_tokens - thinking)
+        ),
+    )

@@ -1,0 +1,103 @@
+"""What is remembered of one request for its log line and its metrics.
+
+Owns: collecting the facts along the eight steps, so that every outcome, also a failed one, has its line.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from budget.tokens import TokenCounts
+from gateway.log import RequestLine
+
+if TYPE_CHECKING:
+    from gateway.edge import Exchange
+    from gateway.log import LineWriter
+    from gateway.metrics import Metrics
+    from gateway.modes.flow import Run
+    from gateway.prepare import Prepared
+
+
+class Record:
+    """Facts of one request."""
+
+    __slots__ = (
+        "_exchange",
+        "_prepared",
+        "_route",
+        "_run",
+        "ended_by",
+        "error",
+        "first_byte_s",
+        "key",
+        "overhead_s",
+    )
+
+    def __init__(self, exchange: Exchange, route: str) -> None:
+        self._exchange = exchange
+        self._route = route
+        self._prepared: Prepared | None = None
+        self._run: Run | None = None
+        self.key = ""
+        self.error: str | None = None
+        self.ended_by: str | None = None
+        self.first_byte_s: float | None = None
+        self.overhead_s = 0.0
+
+    def begin(self, prepared: Prepared) -> None:
+        """Model and mode are known."""
+        self._prepared = prepared
+
+    def first_byte(self, first_byte_s: float, overhead_s: float) -> None:
+        """The response begins."""
+        self.first_byte_s, self.overhead_s = first_byte_s, overhead_s
+
+    def finish(self, run: Run) -> None:
+        """The call is over; counting is done."""
+        self._run = run
+        self.ended_by = run.ended_by or self.ended_by
+
+    def publish(self, metrics: Metrics, lines: LineWriter) -> None:
+        """Count and log the request, whatever became of it."""
+        exchange, prepared, run = self._exchange, self._prepared, self._run
+        seconds = time.perf_counter() - exchange.began_s
+        model, mode, reason = "", "", ""
+        if prepared is not None:
+            model, mode, reason = prepared.model.name, prepared.decision.mode, prepared.decision.reason
+        metrics.request(self._route, model, mode, exchange.status, seconds)
+        if self.first_byte_s is not None:
+            metrics.began(model, mode, first_byte_s=self.first_byte_s, overhead_s=self.overhead_s)
+        counts, nano_usd, backend, cap, capped = TokenCounts(), 0, "", None, False
+        if run is not None and prepared is not None:
+            counts = run.tally.counts()
+            nano_usd = run.tally.amounts(counts).nano_usd
+            backend = run.slot.config.id if run.slot is not None else ""
+            cap, capped = prepared.cap.tokens, run.tally.capped
+            metrics.used(model, mode, counts, nano_usd)
+            if capped:
+                metrics.capped(model)
+            if run.overrun:
+                metrics.overrun(model, backend)
+        lines.write(
+            RequestLine(
+                time=time.time(),
+                request_id=exchange.request_id,
+                route=self._route,
+                status=exchange.status,
+                key=self.key,
+                model=model,
+                mode=mode,
+                mode_reason=reason,
+                backend=backend,
+                stream=prepared is not None and prepared.ask.stream,
+                seconds=round(seconds, 6),
+                overhead_ms=round(self.overhead_s * 1000, 3),
+                tokens={kind: n for kind in counts.__struct_fields__ if (n := getattr(counts, kind))},
+                cap=cap,
+                capped=capped,
+                ended_by=self.ended_by,
+                cost_nano_usd=nano_usd,
+                error=self.error,
+            )
+        )

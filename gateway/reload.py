@@ -1,0 +1,82 @@
+"""Reload the configuration when its file changes or SIGHUP arrives, without dropping a stream.
+
+Owns: noticing a change (also of the directory's symbolic link, as a ConfigMap swaps it) and what happens
+when the new file is bad: the old configuration stays in force, the log and a metric say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateway.config_load import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+    from gateway.config import Config
+
+log = logging.getLogger("thinkgate.reload")
+POLL_S = 1.0
+FIXED = ("host", "port", "workers", "metrics", "timeouts")
+
+
+class Reloader:
+    """Watches one configuration file for one gateway."""
+
+    def __init__(self, gateway: Gateway, path: Path) -> None:
+        self._gateway = gateway
+        self._path = path
+        self._asked = asyncio.Event()
+        self._seen = self._fingerprint()
+
+    def ask(self) -> None:
+        """Reload now, whether the file changed or not (SIGHUP)."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Watch, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(POLL_S):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            was_asked = self._asked.is_set()
+            self._asked.clear()
+            fingerprint = await asyncio.to_thread(self._fingerprint)
+            if was_asked or fingerprint != self._seen:
+                self._seen = fingerprint
+                self._reload()
+
+    def _reload(self) -> None:
+        metrics = self._gateway.metrics
+        try:
+            config = load_config(self._path)
+            self._refuse_fixed(config)
+            self._gateway.reload(config)
+        except ConfigError as exc:
+            metrics.reloads.labels("refused").inc()
+            metrics.reload_failed.set(1)
+            log.error("configuration refused, the old one stays in force", extra={"problems": str(exc).split("\n")})  # noqa: TRY400  # the problems are the operator's, a traceback says nothing
+            return
+        metrics.reloads.labels("accepted").inc()
+        metrics.reload_failed.set(0)
+        log.info("configuration reloaded", extra={"models": sorted(config.models), "keys": len(config.keys)})
+
+    def _refuse_fixed(self, config: Config) -> None:
+        """What a running process cannot change is said, not ignored. Raises: ConfigError."""
+        old, new = self._gateway.serving.config.server, config.server
+        changed = [f"server.{name}" for name in FIXED if getattr(old, name) != getattr(new, name)]
+        if changed:
+            raise ConfigError(f"{', '.join(changed)}: cannot change while running: restart instead")
+
+    def _fingerprint(self) -> str:
+        """Identity of the file's content and of what the link in its directory points to."""
+        try:
+            content = self._path.read_bytes()
+        except OSError:
+            return ""
+        return hashlib.sha256(content + str(self._path.resolve()).encode()).hexdigest()

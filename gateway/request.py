@@ -1,0 +1,298 @@
+"""Bytes to a request: parsed once, known fields checked, unknown fields left as the bytes they came in.
+
+Owns: JSON limits, the types and ranges of known fields, and the fields no client may set. Does not own:
+what the fields mean together (resolve.py). O(body bytes).
+
+Every top-level field is kept as raw JSON beside the typed view, and what goes upstream is built from
+those: nested text stays byte-identical, and a key that stands twice cannot mean two things.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from gateway.errors import InvalidRequest
+
+T = TypeVar("T")
+MAX_DEPTH = 100
+MAX_STOP = 16
+_BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+RequestMode = Literal["auto", "instant", "reasoning", "agentic", "search"]
+
+GATEWAY_OWNED = frozenset(
+    {
+        "cache_salt",
+        "priority",
+        "request_id",
+        "session_id",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "vllm_xargs",
+        "stream_interval",
+        "chat_template",
+        "use_beam_search",
+        "prompt_embeds",
+    }
+)
+
+
+class StreamOptions(Struct):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Reasoning(Struct, forbid_unknown_fields=True):
+    """OpenRouter's `reasoning`, and the one of OpenAI's Responses API."""
+
+    effort: Effort | None = None
+    max_tokens: Count | None = None
+    exclude: bool | None = None
+    enabled: bool | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class AnthropicThinking(Struct, forbid_unknown_fields=True):
+    """Anthropic's `thinking`."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: Count | None = None
+
+
+class GeminiThinking(Struct, forbid_unknown_fields=True):
+    """Gemini's `thinking_config`."""
+
+    thinking_budget: Budget | None = None
+    include_thoughts: bool | None = None
+
+
+class EnvelopeFields(Struct, forbid_unknown_fields=True):
+    """`thinkgate.envelope`."""
+
+    tokens: Positive | None = None
+    usd: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    seconds: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+
+
+class Extension(Struct, forbid_unknown_fields=True):
+    """Our own `thinkgate` object."""
+
+    mode: RequestMode | None = None
+    thinking_tokens: Count | None = None
+    answer_tokens_min: Count | None = None
+    envelope: EnvelopeFields | None = None
+    plan: Literal["off", "auto", "on"] | None = None
+    search: dict[str, Any] | None = None
+    degrade: bool | list[Literal["cap", "effort", "instant", "model"]] | None = None
+    reasoning_field: Literal["upstream", "both"] | None = None
+
+
+class FunctionTool(Struct):
+    """The inside of a tool."""
+
+    name: Annotated[str, Meta(min_length=1)]
+
+
+class Tool(Struct):
+    """One entry of `tools`."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class MediaUrl(Struct):
+    """Where a picture, sound or film is."""
+
+    url: str
+
+
+class Part(Struct):
+    """One part of a message's content."""
+
+    type: str
+    text: str | None = None
+    image_url: MediaUrl | str | None = None
+    audio_url: MediaUrl | str | None = None
+    video_url: MediaUrl | str | None = None
+
+
+class Message(Struct):
+    """One message; whatever else it holds rides along as it came."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+
+
+class Common(Struct, kw_only=True):
+    """Fields of chat and text completions."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Positive | None = None
+    max_tokens: Positive | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | Annotated[list[str], Meta(max_length=MAX_STOP)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    user: str | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    return_token_ids: bool | None = None
+    thinking_token_budget: Budget | None = None
+    thinkgate: Extension | None = None
+
+
+class ChatFields(Common, kw_only=True):
+    """What the gateway reads of a chat completion request."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    thinking: AnthropicThinking | None = None
+    thinking_config: GeminiThinking | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: Budget | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+
+
+class CompletionFields(Common, kw_only=True):
+    """What the gateway reads of a text completion request."""
+
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    best_of: Positive | None = None
+    echo: bool | None = None
+
+
+class EmbeddingFields(Struct, kw_only=True):
+    """What the gateway reads of an embedding request."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    input: Any
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
+    user: str | None = None
+
+
+RawFields = dict[str, Raw]
+_raw_decoder = msgspec.json.Decoder(RawFields)
+
+
+def check_json(body: bytes) -> RawFields:
+    """Split a body into its top-level fields.
+
+    Raises: InvalidRequest for anything but one JSON object of UTF-8 text, nested at most MAX_DEPTH deep.
+    """
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+        raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="nested_too_deep")
+    try:
+        str(body, "utf-8")
+        return _raw_decoder.decode(body)
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest("The body is not UTF-8 text.", code="invalid_json") from exc
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json") from exc
+    except msgspec.DecodeError as exc:
+        raise InvalidRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def _depth(body: bytes) -> int:
+    depth = deepest = 0
+    for match in _BRACKET_OR_STRING.finditer(body):
+        first = match.group()[:1]
+        if first in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif first in b"]}":
+            depth -= 1
+    return deepest
+
+
+def decode_fields(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The typed view of a body that `check_json` accepted. Raises: InvalidRequest naming the field."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        raise _invalid_field(str(exc)) from exc
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def _invalid_field(text: str) -> InvalidRequest:
+    what, _, path = text.partition(" - at `$")
+    missing = re.match(r"Object missing required field `(\w+)`", what)
+    unknown = re.match(r"Object contains unknown field `(.*)`", what)
+    param = path.rstrip("`").lstrip(".").replace("[...]", "")
+    if missing:
+        param = f"{param}.{missing[1]}".lstrip(".")
+        return InvalidRequest(
+            f"`{param}` is required.", param=param, code="missing_required_parameter"
+        )
+    if unknown:
+        param = f"{param}.{unknown[1]}".lstrip(".")
+        return InvalidRequest(f"`{param}` is not a known field.", param=param, code="unknown_parameter")
+    code = "invalid_type" if re.match(r"Expected `[^`]*`, got", what) else "invalid_value"
+    return InvalidRequest(f"`{param}`: {what[:1].lower()}{what[1:]}.", param=param or None, code=code)
+
+
+def refuse_gateway_fields(fields: RawFields) -> None:
+    """Raises: InvalidRequest for a field that belongs to the gateway, whatever its value."""
+    for name in GATEWAY_OWNED.intersection(fields):
+        raise InvalidRequest(
+            f"`{name}` is set by the gateway and cannot be taken from a client: leave it out.",
+            param=name,
+            code="unknown_parameter",
+        )
+
+
+_chat_decoder = msgspec.json.Decoder(ChatFields)
+_completion_decoder = msgspec.json.Decoder(CompletionFields)
+_embedding_decoder = msgspec.json.Decoder(EmbeddingFields)
+
+
+def parse_chat(body: bytes) -> tuple[ChatFields, RawFields]:
+    """A chat completion request. Raises: InvalidRequest."""
+    fields = check_json(body)
+    refuse_gateway_fields(fields)
+    return decode_fields(body, _chat_decoder), fields
+
+
+def parse_completion(body: bytes) -> tuple[CompletionFields, RawFields]:
+    """A text completion request. Raises: InvalidRequest."""
+    fields = check_json(body)
+    refuse_gateway_fields(fields)
+    return decode_fields(body, _completion_decoder), fields
+
+
+def parse_embedding(body: bytes) -> tuple[EmbeddingFields, RawFields]:
+    """An embedding request. Raises: InvalidRequest."""
+    fields = check_json(body)
+    refuse_gateway_fields(fields)
+    return decode_fields(body, _embedding_decoder), fields

@@ -1,0 +1,280 @@
+"""A completion, in eight steps: edge, identify, resolve, decide, hold, carry out, stream, settle.
+
+Owns: the order of the steps and that every outcome is answered, counted and logged. Each step's rules
+live in the module it calls. (Mode is decided before the hold, so that an instant request does not hold
+thinking tokens: docs/adr/0007.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from budget.envelope import Envelope
+from budget.errors import HoldRefused
+from gateway.aggregate import Aggregator
+from gateway.backends.http import UpstreamUnreachable
+from gateway.backends.http_backend import HttpBackend
+from gateway.edge import EVENT_STREAM, JSON, ClientGone
+from gateway.errors import DeadlinePassed, Headers, LimitExceeded, Overloaded
+from gateway.extension import Report, Spent, UsageReport, encode
+from gateway.modes.flow import Run
+from gateway.modes.instant import instant
+from gateway.modes.reasoning import reasoning
+from gateway.plain import PlainAnswer
+from gateway.prepare import Prepared, prepare
+from gateway.sse import ChunkEncoder
+from gateway.tally import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from budget.ledger import Hold
+    from gateway.app import Gateway
+    from gateway.auth import Key
+    from gateway.backends.port import Delta, Surface
+    from gateway.edge import Exchange
+    from gateway.record import Record
+    from gateway.watch import Watched
+
+
+async def serve_completion(gateway: Gateway, exchange: Exchange, surface: Surface, record: Record) -> None:
+    """Answer one chat or text completion.
+
+    Raises: GatewayError before the first byte; afterwards failures end the stream with an error event.
+    """
+    state, server = gateway.serving, gateway.serving.config.server
+    body = await exchange.body(server.max_body_bytes, server.timeouts.body_s)
+    key = state.keyring.identify(exchange.authorization)
+    record.key = key.id
+    prepared = prepare(
+        body, surface, key, state.models, state.config, request_id=exchange.request_id, trace=exchange.trace
+    )
+    record.begin(prepared)
+    with gateway.watch.over(exchange) as watched:
+        try:
+            async with gateway.ledger.hold((*key.scopes, prepared.model.scope), prepared.ceiling) as hold:
+                await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
+        except HoldRefused as exc:
+            raise _refusal(exc) from exc
+        except asyncio.CancelledError:
+            if not watched.was_cancelled():
+                raise
+            record.ended_by = watched.reason
+            if watched.reason == "deadline":
+                raise DeadlinePassed("The request's time was over before it was answered.") from None
+            if watched.reason == "drain":
+                raise Overloaded("The server is shutting down.") from None
+            gateway.metrics.disconnects.labels(surface).inc()
+            raise ClientGone from None
+
+
+def _refusal(exc: HoldRefused) -> LimitExceeded:
+    return LimitExceeded(str(exc), kind=exc.kind, retry_after_s=exc.retry_after_s)
+
+
+class Answer:
+    """One request between its hold and its settlement."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        exchange: Exchange,
+        prepared: Prepared,
+        key: Key,
+        hold: Hold,
+        watched: Watched,
+        record: Record,
+    ) -> None:
+        self._gateway = gateway
+        self._exchange = exchange
+        self._prepared = prepared
+        self._key = key
+        self._watched = watched
+        self._record = record
+        ask = prepared.ask
+        bounds = ask.envelope
+        self._run = Run(
+            model=prepared.model,
+            call=prepared.call,
+            tally=Tally(prepared.model.prices),
+            hold=hold,
+            envelope=Envelope()
+            if bounds is None
+            else Envelope(
+                tokens=bounds.tokens,
+                nano_usd=bounds.nano_usd,
+                deadline_s=None if bounds.seconds is None else exchange.began_s + bounds.seconds,
+            ),
+            clock=time.perf_counter,
+            is_live=ask.stream or bounds is not None,
+            choices=prepared.choices,
+        )
+        watched.deadline_s = self._run.envelope.deadline_s
+
+    async def carry_out(self) -> None:
+        """Run the mode and answer; whatever happens, the hold is told what was used."""
+        try:
+            if self._prepared.is_plain():
+                await self._plain()
+            elif self._prepared.ask.stream:
+                await self._stream()
+            else:
+                await self._whole()
+        finally:
+            self._run.report()
+            self._record.finish(self._run)
+
+    def _deltas(self) -> AsyncIterator[list[Delta]]:
+        if self._prepared.decision.mode == "instant":
+            return instant(self._run)
+        return reasoning(self._run, self._prepared.stops, keep_stop=self._prepared.keep_stop)
+
+    async def _plain(self) -> None:
+        """The non-streamed instant path: the backend's own JSON, completed."""
+        run, prepared = self._run, self._prepared
+        body = await self._complete()
+        answer = PlainAnswer(body, run.slot.backend.markers)  # type: ignore[union-attr]  # _complete placed it
+        answer.count(run.tally)
+        has_thinking = run.tally.wasted > 0
+        usage, extension = self._closing()
+        model = prepared.model
+        rendered = answer.render(
+            None if model.name == model.upstream else model.name,
+            usage=usage,
+            extension=extension,
+            has_thinking=has_thinking,
+            wants_token_ids=prepared.ask.wants_token_ids,
+        )
+        await self._exchange.respond(200, [JSON, *self._headers()], rendered)
+
+    async def _complete(self) -> bytes:
+        tried = []
+        while True:
+            slot = self._run.slot = self._prepared.model.choose(without=tried)
+            with slot.counted() as backend:
+                waited_from = time.perf_counter()
+                try:
+                    assert isinstance(backend, HttpBackend)
+                    return await backend.complete(self._prepared.call)
+                except UpstreamUnreachable as exc:
+                    slot.mark_down(exc.message)
+                    tried.append(slot)
+                except asyncio.CancelledError:
+                    self._gateway.metrics.unreported.labels(self._prepared.model.name).inc()
+                    raise
+                finally:
+                    self._exchange.wait_s += time.perf_counter() - waited_from
+
+    async def _whole(self) -> None:
+        """Everything else that does not stream: read as a stream, put together here."""
+        ask, prepared = self._prepared.ask, self._prepared
+        aggregator = Aggregator(
+            prepared.call.surface,
+            exclude_thinking=ask.exclude_thinking,
+            both_fields=self._both_fields(),
+            wants_token_ids=ask.wants_token_ids,
+        )
+        waited_from = time.perf_counter()
+        try:
+            async with aclosing(self._deltas()) as batches:  # type: ignore[type-var]  # always a generator
+                async for deltas in batches:
+                    aggregator.add(deltas)
+        except asyncio.CancelledError:
+            aggregator.add(self._end_at_deadline())
+        self._exchange.wait_s += time.perf_counter() - waited_from
+        usage, extension = self._closing()
+        prefix = "chatcmpl" if prepared.call.surface == "chat" else "cmpl"
+        body = aggregator.body(
+            f"{prefix}-{self._exchange.request_id}",
+            self._gateway.epoch_s(),
+            prepared.model.name,
+            usage=usage,
+            extension=extension,
+        )
+        await self._exchange.respond(200, [JSON, *self._headers()], body)
+
+    async def _stream(self) -> None:
+        """Server-sent events; the status goes out with the first batch, so that early errors have their own."""
+        exchange, ask, call = self._exchange, self._prepared.ask, self._prepared.call
+        prefix = "chatcmpl" if call.surface == "chat" else "cmpl"
+        encoder = ChunkEncoder(
+            call.surface,
+            self._prepared.model.name,
+            call.model,
+            stream_id=f"{prefix}-{exchange.request_id}",
+            created=self._gateway.epoch_s(),
+            exclude_thinking=ask.exclude_thinking,
+            both_fields=self._both_fields(),
+            wants_token_ids=ask.wants_token_ids,
+        )
+        waited_from = time.perf_counter()
+        try:
+            async with aclosing(self._deltas()) as batches:  # type: ignore[type-var]  # always a generator
+                async for deltas in batches:
+                    if not exchange.has_started:
+                        exchange.wait_s += time.perf_counter() - waited_from
+                        await exchange.start(200, [*EVENT_STREAM, *self._id_header(), *self._headers()])
+                    if chunk := encoder.encode(deltas):
+                        await exchange.write(chunk)
+        except asyncio.CancelledError:
+            chunk = encoder.encode(self._end_at_deadline())
+            if not exchange.has_started:
+                await exchange.start(200, [*EVENT_STREAM, *self._id_header(), *self._headers()])
+            await exchange.write(chunk)
+        usage, extension = self._closing()
+        await exchange.write(encoder.finish(extension, usage if ask.include_usage else None), more=False)
+
+    def _end_at_deadline(self) -> list[Delta]:
+        """The finishes of a call whose envelope's time is over, if anything arrived. Else raises on."""
+        if self._watched.reason != "deadline" or not self._run.tally.output():
+            raise asyncio.CancelledError
+        self._watched.was_cancelled()
+        return self._run.end("envelope.seconds")
+
+    def _both_fields(self) -> bool:
+        both = self._prepared.ask.both_fields
+        return self._key.both_fields if both is None else both
+
+    def _closing(self) -> tuple[bytes, bytes]:
+        """`usage` and `thinkgate` as JSON, once everything is counted."""
+        run, prepared = self._run, self._prepared
+        counts = run.tally.counts()
+        settled = run.tally.amounts(counts)
+        run.hold.report(settled)
+        prepared.cap.hit = run.tally.capped
+        prepared.cap.overrun_tokens = run.overrun
+        report = Report(
+            mode=prepared.decision.mode,
+            mode_reason=prepared.decision.reason,
+            capped=run.tally.capped,
+            cap=prepared.cap,
+            tokens=counts,
+            hold=Spent.of(prepared.ceiling),
+            settled=Spent.of(settled),
+            cost_usd=settled.nano_usd / 1e9,
+            backend=run.slot.config.id if run.slot is not None else "",
+            request_id=self._exchange.request_id,
+        )
+        if run.ended_by is not None:
+            report.ended_by = run.ended_by
+        if run.tally.is_estimated:
+            report.counted = "estimated"
+        return encode(UsageReport.of(counts)), encode(report)
+
+    def _id_header(self) -> Headers:
+        return [(b"x-request-id", self._exchange.request_id.encode())]
+
+    def _headers(self) -> Headers:
+        """What the client may know beside the body."""
+        run, exchange = self._run, self._exchange
+        overhead_s = exchange.overhead_s()
+        self._record.first_byte(time.perf_counter() - exchange.began_s, overhead_s)
+        headers: Headers = [
+            (b"x-thinkgate-mode", self._prepared.decision.mode.encode()),
+            (b"x-thinkgate-backend", run.slot.config.id.encode() if run.slot is not None else b""),
+            (b"x-thinkgate-overhead-ms", b"%.3f" % (overhead_s * 1000)),
+        ]
+        return headers + self._gateway.limit_headers(run.hold)

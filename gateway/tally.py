@@ -1,0 +1,114 @@
+"""What one request has used so far, by kind, in tokens and money.
+
+Owns: the running counts and how the backend's own usage corrects them at the end (docs/api.md,
+"Counting"). O(1) per delta.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from budget.ledger import Amounts
+from budget.tokens import TokenCounts
+
+if TYPE_CHECKING:
+    from budget.price import PriceTable
+    from gateway.backends.port import Delta, Usage
+
+
+class Tally:
+    """Counts of one request.
+
+    Attributes:
+        capped: the cap ended the thinking of some choice.
+        is_estimated: tokens were counted by events or text, since the backend gave neither ids nor usage.
+    """
+
+    __slots__ = (
+        "_prices",
+        "answer",
+        "capped",
+        "has_ids",
+        "injected",
+        "is_estimated",
+        "prompt",
+        "thinking",
+        "thinking_by_choice",
+        "usage",
+        "wasted",
+    )
+
+    def __init__(self, prices: PriceTable) -> None:
+        self._prices = prices
+        self.prompt = self.thinking = self.answer = self.injected = self.wasted = 0
+        self.thinking_by_choice: dict[int, int] = {}
+        self.capped = self.has_ids = self.is_estimated = False
+        self.usage: Usage | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Count one delta."""
+        if delta.thinking:
+            self.thinking += delta.thinking
+            self.thinking_by_choice[delta.index] = self.thinking_by_choice.get(delta.index, 0) + delta.thinking
+        self.answer += delta.answer
+        self.injected += delta.injected
+        if delta.token_ids:
+            self.has_ids = True
+        if delta.prompt_tokens:
+            self.prompt = delta.prompt_tokens
+        if delta.capped:
+            self.capped = True
+        if delta.usage is not None:
+            self.usage = delta.usage
+
+    def waste(self, delta: Delta, thinking: int) -> None:
+        """Move `thinking` tokens of a counted delta to `wasted`: they reach no client."""
+        self.thinking -= thinking
+        self.thinking_by_choice[delta.index] -= thinking
+        self.wasted += thinking
+
+    def output(self) -> int:
+        """Output tokens received so far."""
+        return self.thinking + self.answer + self.injected + self.wasted
+
+    def counts(self) -> TokenCounts:
+        """Tokens by kind, corrected by the backend's usage once that is known."""
+        usage = self.usage
+        if usage is None:
+            self.is_estimated = self.output() > 0 and not self.has_ids
+            return TokenCounts(
+                prompt=self.prompt,
+                thinking=self.thinking,
+                answer=self.answer,
+                injected=self.injected,
+                wasted=self.wasted,
+            )
+        cached = min(usage.cached_tokens or 0, usage.prompt_tokens)
+        thinking, injected = self._thinking(usage)
+        return TokenCounts(
+            prompt=usage.prompt_tokens - cached,
+            cached=cached,
+            thinking=thinking,
+            injected=injected,
+            answer=max(0, usage.completion_tokens - thinking - injected - self.wasted),
+            wasted=self.wasted,
+        )
+
+    def amounts(self, counts: TokenCounts) -> Amounts:
+        """`counts` in the ledger's units."""
+        return Amounts(
+            tokens=counts.total(), thinking_tokens=counts.thinking, nano_usd=self._prices.cost_nano_usd(counts)
+        )
+
+    def _thinking(self, usage: Usage) -> tuple[int, int]:
+        """Thinking and injected tokens: by ids, else as reported, else in proportion to the events seen."""
+        total = max(0, usage.completion_tokens - self.wasted)
+        if self.has_ids:
+            return min(self.thinking, total), min(self.injected, max(0, total - self.thinking))
+        if usage.reasoning_tokens is not None and (usage.reasoning_tokens or not self.thinking):
+            return min(usage.reasoning_tokens, total), 0
+        seen = self.thinking + self.answer + self.injected
+        if not seen:
+            return 0, 0
+        self.is_estimated = self.thinking > 0
+        return min(total, -(-self.thinking * total // seen)), 0

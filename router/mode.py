@@ -1,0 +1,79 @@
+"""Which mode a request gets, by structure alone. Pure; O(1).
+
+The decision carries its reason, which ends up in the response, the log and the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["instant", "reasoning"]
+
+
+class ModeForbidden(Exception):
+    """The request names a mode that its key may not use.
+
+    Attributes:
+        mode: the mode asked for.
+        allowed: the modes the key may use.
+    """
+
+    def __init__(self, mode: Mode, allowed: Collection[str]) -> None:
+        super().__init__(f"{mode} is not among {sorted(allowed)}")
+        self.mode = mode
+        self.allowed = allowed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeFacts:
+    """What the decision rests on.
+
+    Attributes:
+        asked: the mode the request names or implies; `auto` if none.
+        asked_by: the field that did.
+        allowed: the key's modes; None for all.
+        default_mode: `routing.default_mode`.
+        on_uncertain: `routing.on_uncertain`.
+        thinking_room: tokens of thinking that limits leave for this request.
+    """
+
+    asked: Literal["auto", "instant", "reasoning"]
+    asked_by: str | None
+    allowed: Collection[str] | None
+    default_mode: Literal["auto", "instant", "reasoning"]
+    on_uncertain: Mode
+    thinking_room: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModeDecision:
+    """A mode, and why."""
+
+    mode: Mode
+    reason: str
+
+
+def decide_mode(facts: ModeFacts) -> ModeDecision:
+    """Explicit wishes first, then permissions, then room, then the configured default.
+
+    Raises: ModeForbidden when the request itself names a mode the key may not use.
+    """
+    if facts.asked != "auto":
+        if facts.allowed is not None and facts.asked not in facts.allowed:
+            raise ModeForbidden(facts.asked, facts.allowed)
+        return ModeDecision(facts.asked, f"asked by {facts.asked_by}")
+    if facts.allowed is not None:
+        usable = [mode for mode in ("instant", "reasoning") if mode in facts.allowed]
+        if usable == ["instant"]:
+            return ModeDecision("instant", "the key's only mode")
+        if usable == ["reasoning"]:
+            return ModeDecision("reasoning", "the key's only mode")
+        if not usable:
+            raise ModeForbidden("instant", facts.allowed)
+    if facts.thinking_room <= 0:
+        return ModeDecision("instant", "limits leave no room for thinking")
+    if facts.default_mode != "auto":
+        return ModeDecision(facts.default_mode, "routing.default_mode")
+    return ModeDecision(facts.on_uncertain, "nothing in the request decides it: routing.on_uncertain")

@@ -1,0 +1,90 @@
+"""Real servers for the end-to-end tests: one vLLM for the whole run, gateways as they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import get
+from tests.e2e.servers import THINKING_MODEL, Gateway, Vllm, gateway_running, require, vllm_running
+
+UPSTREAM_NAME = "smollm2"
+PRICES = {"prompt": 1.0, "cached": 0.5, "thinking": 4.0, "answer": 2.0}
+StartGateway = Callable[..., Gateway]
+
+
+@pytest.fixture(scope="session")
+def thinking_model() -> Path:
+    """The folder of the small model that thinks."""
+    return require(THINKING_MODEL)
+
+
+@pytest.fixture(scope="session")
+def vllm_server(thinking_model: Path) -> Iterator[Vllm]:
+    """A real vLLM for the whole run, or the one at THINKGATE_TEST_VLLM_URL, if a developer keeps one."""
+    kept = os.environ.get("THINKGATE_TEST_VLLM_URL")
+    if kept:
+        assert get(f"{kept}/health")[0] == 200, f"nobody answers at THINKGATE_TEST_VLLM_URL={kept}"
+        yield Vllm(kept, UPSTREAM_NAME)
+        return
+    with vllm_running(thinking_model, UPSTREAM_NAME) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def vllm_config(vllm_server: Vllm) -> dict[str, Any]:
+    """A gateway's configuration with one model, `smollm2`, served by the real vLLM."""
+    backend = {"id": "vllm", "url": vllm_server.url, "kind": "vllm"}
+    return model_config(backend, upstream_model=vllm_server.model)
+
+
+@pytest.fixture(scope="session")
+def embedded_config(thinking_model: Path) -> dict[str, Any]:
+    """A gateway's configuration with one model, `smollm2`, served by the engine in the process."""
+    return model_config({"id": "embedded", "kind": "embedded", "path": str(thinking_model)})
+
+
+def model_config(backend: Mapping[str, Any], **model: Any) -> dict[str, Any]:
+    """A configuration with one priced model and small limits, to fit a window of 4096 tokens."""
+    thinking = {"default_tokens": 64, "max_tokens": 1024, "answer_floor_tokens": 8}
+    answer = {"default_tokens": 64, "max_tokens": 3000}
+    entry = {
+        "backends": [dict(backend)],
+        "thinking": thinking,
+        "answer": answer,
+        "price_usd_per_mtok": PRICES,
+    }
+    return {"models": {"smollm2": {**entry, **model}}}
+
+
+@pytest.fixture
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGateway]:
+    """Starts a gateway of the test's own: `gateway(config, env=...)`; it ends with the test, cleanly."""
+    with ExitStack() as stack:
+
+        def start(config: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Gateway:
+            folder = tmp_path_factory.mktemp("thinkgate")
+            return stack.enter_context(gateway_running(config, folder, env))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def vllm_gateway(vllm_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway before the real vLLM, for all tests that leave it as they find it."""
+    with gateway_running(vllm_config, tmp_path_factory.mktemp("thinkgate-vllm")) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def embedded_gateway(
+    embedded_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """One gateway with the engine inside, for all tests that leave it as they find it."""
+    with gateway_running(embedded_config, tmp_path_factory.mktemp("thinkgate-embedded")) as gateway:
+        yield gateway

@@ -1,0 +1,131 @@
+"""What a scripted upstream is told to do, and what it remembers of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tests.scripted_stream import Choice, Json, Model, Say, dump
+
+DEADLINE_S = 10.0
+
+
+@dataclass(slots=True)
+class Gate:
+    """Holds a stream until the test opens it; `reached` says that the stream stands there."""
+
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def hold(self) -> None:
+        """Stand here until opened."""
+        self.reached.set()
+        await self.opened.wait()
+
+    async def wait(self) -> None:
+        """For the test: until the stream stands here."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self.reached.wait()
+
+    def open(self) -> None:
+        """Let the stream go on."""
+        self.opened.set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """How one chat or completions call is answered.
+
+    Attributes:
+        say: what the model would say, per choice; the last entry serves all further choices.
+        model: how the model behaves; None: as the server's.
+        gates: where to stand still: number of events sent so far -> gate. -1: before the head.
+        tokens_per_event: tokens that travel in one event.
+        events_per_write: events that travel in one write.
+        bytes_per_write: cut every write into pieces of so many bytes, each an HTTP chunk of its own.
+        newline: line ending of the events.
+        replace: events to send instead, or (None) to leave out, by their number.
+        dies_after: break off after so many events.
+        dies_by: `close` sends FIN in the middle of the chunked body, `reset` sends RST.
+        thinks: whether the model thinks; None: as the request's template switch says.
+    """
+
+    say: Sequence[Say] = (Say(),)
+    model: Model | None = None
+    gates: Mapping[int, Gate] = field(default_factory=dict)
+    tokens_per_event: int = 1
+    events_per_write: int = 1
+    bytes_per_write: int | None = None
+    newline: bytes = b"\n"
+    replace: Mapping[int, bytes | None] = field(default_factory=dict)
+    dies_after: int | None = None
+    dies_by: Literal["close", "reset"] = "close"
+    thinks: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A plain answer; `raw` is written as it is instead, and the connection closed."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: Sequence[tuple[str, str]] = ()
+    raw: bytes | None = None
+    gate: Gate | None = None
+
+
+def refusal(status: int, message: str, kind: str = "BadRequestError", param: str | None = None) -> Reply:
+    """An error as vLLM words it: `code` is the status, as a number."""
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return Reply(status=status, body=dump({"error": error}))
+
+
+def json_reply(value: object, status: int = 200) -> Reply:
+    """A JSON answer."""
+    return Reply(status=status, body=dump(value))
+
+
+NOT_FOUND = json_reply({"detail": "Not Found"}, 404)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what became of it.
+
+    Attributes:
+        connection: number of the connection it came on, in order of arrival.
+        events_sent: SSE events handed to the socket.
+        choices: what was generated; all of it, sent or not.
+        done: the answer was written to its end.
+        closed: the peer closed the connection before that.
+    """
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    connection: int
+    events_sent: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def json(self) -> Json:
+        """The request body, decoded."""
+        decoded: Json = json.loads(self.body)
+        return decoded
+
+    async def wait_closed(self) -> None:
+        """Until the peer has closed the connection under this exchange."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self.closed.wait()
+
+    async def wait_done(self) -> None:
+        """Until the answer was written to its end."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self.done.wait()
