@@ -39,8 +39,8 @@ help: ## this list
 
 serve: $(VENV)/.serve $(if $(MODEL)$(CONFIG),,weights-instruct) ## install, fetch weights, serve on 127.0.0.1:8080
 	$(call say,"starting thinkgate (Ctrl-C stops it)")
-	@$(if $(MODEL),export THINKGATE_MODELS__SMOLLM2_135M__BACKENDS__0__PATH='$(MODEL)';) \
-	  exec $(VENV)/bin/thinkgate serve $(if $(CONFIG),--config '$(CONFIG)') $(if $(PORT),--port '$(PORT)')
+	@exec $(VENV)/bin/thinkgate serve \
+	  $(if $(CONFIG),--config '$(CONFIG)') $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)')
 
 # ------------------------------------------------------------------------------------------ testing
 

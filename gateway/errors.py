@@ -207,11 +207,15 @@ class UpstreamRejected(GatewayError):
         """The backend's own body if it is an error object, else one that says so."""
         try:
             parsed = msgspec.json.decode(self.upstream_body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return super().body()
-        if isinstance(parsed, dict) and isinstance(parsed.get("error"), dict):
+        if not isinstance(parsed, dict):
+            return super().body()
+        if isinstance(parsed.get("error"), dict):
             return self.upstream_body
-        return super().body()
+        detail = parsed.get("detail") or parsed.get("message")
+        said = f" It says: {detail}" if isinstance(detail, str) else ""
+        return msgspec.json.encode({"error": {**self.fields(), "message": self.message + said}})
 
 
 class UpstreamError(GatewayError):

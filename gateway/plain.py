@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from budget.cap import ThinkingMeter
-from gateway.backends.events import UsageBody, cut_token_ids
+from gateway.backends.events import ABSENT, UsageBody, cut_prompt_ids, cut_token_ids, present
 from gateway.backends.reader import read_usage
 from gateway.errors import UpstreamError
 
@@ -36,7 +36,7 @@ class _Choice(Struct):
 class _Body(Struct):
     choices: list[_Choice]
     usage: UsageBody | None = None
-    prompt_token_ids: Raw | None = None
+    prompt_token_ids: Raw = ABSENT
 
 
 _body_decoder = msgspec.json.Decoder(_Body)
@@ -109,11 +109,12 @@ class PlainAnswer:
             for c in self._typed.choices
         )
         if not has_field and len(self._typed.choices) == 1 and not wants_token_ids:
-            return Raw(cut_token_ids(bytes(self._fields["choices"])))
+            return Raw(cut_token_ids(cut_prompt_ids(bytes(self._fields["choices"]))[0]))
         choices = msgspec.json.decode(self._fields["choices"])
         for choice in choices:
             if not wants_token_ids:
                 choice.pop("token_ids", None)
+                choice.pop("prompt_token_ids", None)
             message = choice.get("message")
             if has_field and isinstance(message, dict):
                 text = "".join(message.pop(name, None) or "" for name in ("reasoning", "reasoning_content"))
@@ -121,7 +122,7 @@ class PlainAnswer:
         return choices
 
     def _is_open(self) -> bool:
-        prompt, markers = self._typed.prompt_token_ids, self._markers
+        prompt, markers = present(self._typed.prompt_token_ids), self._markers
         if prompt is None or markers is None:
             return False
         tail = bytes(prompt)[-128:].strip(b"[] ").split(b",")

@@ -55,6 +55,14 @@ def _payload(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+ABSENT = Raw(b"null")  # a union with Raw cannot be declared, so absent and null read the same
+
+
+def present(raw: Raw) -> Raw | None:
+    """The raw value, or None when it is absent or null."""
+    return None if raw is ABSENT or bytes(raw) == b"null" else raw
+
+
 class DeltaBody(Struct):
     """`choices[].delta` of a chat chunk."""
 
@@ -62,7 +70,7 @@ class DeltaBody(Struct):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Raw | None = None
+    tool_calls: Raw = ABSENT
 
 
 class ChoiceBody(Struct):
@@ -73,8 +81,8 @@ class ChoiceBody(Struct):
     text: str | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
-    logprobs: Raw | None = None
-    stop_reason: Raw | None = None
+    logprobs: Raw = ABSENT
+    stop_reason: Raw = ABSENT
 
 
 class PromptDetails(Struct):
@@ -143,8 +151,9 @@ def cut_prompt_ids(event: bytes) -> tuple[bytes, int, list[int]]:
     ids = event[start + len(_PROMPT_IDS) : end]
     if not ids:
         return event[:start] + event[end + 1 :], 0, []
+    rest = event[end + 1 :].replace(b',"prompt_text":null', b"", 1)
     tail = [int(token) for token in ids[-160:].split(b",")[-12:]] if len(ids) < 160 else _tail_ids(ids)
-    return event[:start] + event[end + 1 :], ids.count(b",") + 1, tail
+    return event[:start] + rest, ids.count(b",") + 1, tail
 
 
 def _tail_ids(ids: bytes) -> list[int]:

@@ -22,6 +22,7 @@ from gateway.backends.events import (
     cut_prompt_ids,
     cut_token_ids,
     decode_chunk,
+    present,
 )
 from gateway.backends.markers import MarkerSplitter
 from gateway.backends.port import Call, Delta, Kind, Usage
@@ -114,10 +115,10 @@ class StreamReader:
             answer=split.answer,
             injected=split.injected,
             token_ids=choice.token_ids or [],
-            logprobs=choice.logprobs,
-            tool_calls=body.tool_calls,
+            logprobs=present(choice.logprobs),
+            tool_calls=present(body.tool_calls),
             finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
+            stop_reason=present(choice.stop_reason),
             capped=state.meter is not None and state.meter.capped and not capped_before,
             wire=wire,
         )
@@ -183,7 +184,7 @@ class StreamReader:
             return Split()
         if thinking_text:
             return Split(thinking=1)
-        has_more = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
+        has_more = bool(answer_text) or (choice.delta is not None and present(choice.delta.tool_calls) is not None)
         return Split(answer=1) if has_more else Split()
 
     def _new_choice(self, index: int) -> _Choice:
