@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +125,12 @@ def is_listening(port: int) -> bool:
             if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
                 return True
     return False
+
+
+def free_port(preferred: int) -> int:
+    """`preferred`, or any other port where somebody listens there already."""
+    if not is_listening(preferred):
+        return preferred
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

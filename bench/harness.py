@@ -42,10 +42,8 @@ def say(line: str) -> None:
 class Upstream:
     """The fake vLLM server behind every gateway."""
 
-    def __init__(self, cores: Cores, port: int = UPSTREAM_PORT) -> None:
-        if accounting.is_listening(port):
-            raise TargetError(f"port {port} is taken")
-        self.port = port
+    def __init__(self, cores: Cores) -> None:
+        self.port = port = accounting.free_port(UPSTREAM_PORT)
         command = ["taskset", "-c", str(cores.clients), str(compiled("fastup")), "-p", str(port)]
         self.process = subprocess.Popen([*command, "-m", scenarios.MODEL], start_new_session=True)
         while not accounting.is_listening(port):
@@ -54,6 +52,9 @@ class Upstream:
             time.sleep(0.01)
 
     def _get(self, path: str) -> bytes:
+        status = self.process.poll()
+        if status is not None:
+            raise TargetError(f"the fake upstream ended with status {status}")
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
             return bytes(answer.read())
 
@@ -110,7 +111,7 @@ def started(peers: list[Peer], place: Place, cores: Cores) -> Iterator[dict[str,
 
 def load_command(target: Target, body: str) -> list[str]:
     """The load generator on the clients' core, aimed at `target`."""
-    command = ["taskset", "-c", str(target.cores.clients), str(compiled("load")), "-p", str(target.peer.port)]
+    command = ["taskset", "-c", str(target.cores.clients), str(compiled("load")), "-p", str(target.port)]
     command += ["-u", PATH, "-f", str(target.place.scratch / f"{body}.json")]
     for header in target.headers:
         command += ["-H", header]

@@ -52,7 +52,7 @@ class Plan:
 
     def includes(self, scenario: str, target: str) -> bool:
         """Whether `target` runs `scenario`."""
-        return target == OURS or (scenario in self.shared and not SCENARIOS[scenario].is_ours_only)
+        return target == OURS or (scenario in self.shared)
 
 
 def run(targets: dict[str, Target], upstream: harness.Upstream, plan: Plan) -> Runs:
@@ -80,6 +80,7 @@ def collect(runs: Runs) -> dict[str, Any]:
     scenarios = {
         name: {target: figures.summary(rs, SCENARIOS[name]) for target, rs in by_target.items() if rs}
         for name, by_target in runs.items()
+        if any(by_target.values())
     }
 
     def figure(scenario: str, key: str, target: str = OURS) -> float | None:

@@ -92,13 +92,16 @@ SCENARIOS = {
     "st1": Scenario(body="stream", connections=1, measured_s=2),
     "st64": Scenario(body="stream", connections=64, measured_s=3),
     "gap200": Scenario(body="stream", connections=200, measured_s=5, warm_s=1, ramp_ms=800, gap_us=20_000),
-    "think64": Scenario(body="stream", connections=64, measured_s=3, think=50, answer=50),
-    "capped64": Scenario(
-        body="capped", connections=64, measured_s=3, think=200, answer=50, is_ours_only=True
-    ),
+    "capped64": Scenario(body="capped", connections=64, measured_s=3, think=200, answer=50),
     "capped_gap200": Scenario(
-        body="capped", connections=200, measured_s=5, warm_s=1, ramp_ms=800, gap_us=20_000, think=200,
-        answer=50, is_ours_only=True,
+        body="capped",
+        connections=200,
+        measured_s=5,
+        warm_s=1,
+        ramp_ms=800,
+        gap_us=20_000,
+        think=200,
+        answer=50,
     ),
 }  # fmt: skip
 

@@ -30,7 +30,8 @@ WARM_UP_SHARE = 0.3
 """Of the blocks, before the line is fitted: pools, caches and arenas fill first."""
 STREAM_SHARE = 0.2
 """Of the requests that are streams."""
-KNOBS = "think=200&answer=20&gap_us=0&first_us=0&burst=1"
+KNOBS = "think=200&answer=20&gap_us=2000&first_us=0&burst=1"
+"""With a gap, so that who hangs up does it while the upstream still has tokens to send."""
 STREAM_TOKENS = 70
 """50 of thinking under the cap, 20 of answer."""
 LEFTOVERS = {"held_tokens": "thinkgate_held_tokens", "inflight_requests": "thinkgate_inflight_requests"}
@@ -102,8 +103,8 @@ def run_block(target: Target, block: Block) -> list[dict[str, Any]]:
     tokens = ["-t", str(STREAM_TOKENS)]
     clients = [
         (block.plain, [*harness.load_command(target, "plain"), "-c", "16"]),
-        (block.streams, [*harness.load_command(target, "capped"), "-c", "16", *tokens]),
-        (block.hangups, [*harness.load_command(target, "capped"), "-c", "8", "-x", "25"]),
+        (block.streams, [*harness.load_command(target, "capped"), "-c", "48", *tokens]),
+        (block.hangups, [*harness.load_command(target, "capped"), "-c", "16", "-x", "25"]),
     ]
     running = [
         subprocess.Popen([*command, "-n", str(n), "-w", "0", "-d", "115"], stdout=subprocess.PIPE)

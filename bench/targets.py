@@ -28,7 +28,7 @@ PATH = "/v1/chat/completions"
 
 
 class TargetError(Exception):
-    """A gateway that cannot be measured: not installed, its port taken, or it did not come up."""
+    """A gateway that cannot be measured: not installed, or it did not come up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,9 @@ class Target:
 
     Attributes:
         start_s: seconds from start to the first right answer.
-        idle_mb: memory a second later.
+        port: where it listens; that of peers.toml if it is free.
+        metrics_port: a second port, for its metrics.
+        idle_mb: memory half a second later.
         peak_mb: most memory seen while it was measured.
     """
 
@@ -93,6 +95,8 @@ class Target:
         self.peer = peer
         self.place = place
         self.cores = cores
+        self.port = accounting.free_port(peer.port)
+        self.metrics_port = accounting.free_port(peer.port + 20_000)
         self.process: subprocess.Popen[bytes] | None = None
         self.start_s: float | None = None
         self.idle_mb: float | None = None
@@ -102,11 +106,6 @@ class Target:
     def name(self) -> str:
         """As in peers.toml."""
         return self.peer.name
-
-    @property
-    def metrics_port(self) -> int:
-        """The second port a gateway gets, for its metrics."""
-        return self.peer.port + 20_000
 
     @property
     def headers(self) -> list[str]:
@@ -122,7 +121,7 @@ class Target:
         """`text` with its placeholders filled in; `{render:FILE}` becomes the path of a filled-in copy."""
         values = {
             "up": self.place.upstream_port,
-            "port": self.peer.port,
+            "port": self.port,
             "metrics": self.metrics_port,
             "here": HERE,
             "root": ROOT,
@@ -135,7 +134,7 @@ class Target:
         return re.sub(r"\{render:([^}]+)\}", lambda match: str(self._render(match[1])), text)
 
     def _render(self, name: str) -> Path:
-        copy = self.place.scratch / f"{self.peer.port}-{Path(name).name}"
+        copy = self.place.scratch / f"{self.name}-{Path(name).name}"
         copy.write_text(self.fill((HERE / name).read_text(), mark="@%s@"))
         return copy
 
@@ -155,15 +154,15 @@ class Target:
         """
         if not self.is_installed():
             raise TargetError("not installed (bench/setup_peers.sh installs peers)")
-        if accounting.is_listening(self.peer.port):
-            raise TargetError(f"port {self.peer.port} is taken")
         began_s = time.monotonic()
         self._launch()
         while problem := self._is_not_up(body):
             assert self.process is not None
-            if self.process.poll() is not None or time.monotonic() - began_s > self.peer.start_limit_s:
+            status = self.process.poll()
+            if status is not None or time.monotonic() - began_s > self.peer.start_limit_s:
                 self.stop()
-                raise TargetError(f"did not come up: {problem}\n{self._log_tail()}")
+                how = problem if status is None else f"ended with status {status}"
+                raise TargetError(f"did not come up: {how}\n{self._log_tail()}")
             time.sleep(0.03)
         self.start_s = time.monotonic() - began_s
         time.sleep(0.5)
@@ -197,7 +196,7 @@ class Target:
     def ask(self, body: bytes) -> bytes:
         """One plain request. Raises: OSError (urllib's errors are such)."""
         headers = {"content-type": "application/json", **dict(h.split(": ", 1) for h in self.headers)}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.peer.port}{PATH}", body, headers)
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{PATH}", body, headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 return bytes(answer.read())

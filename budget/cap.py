@@ -153,6 +153,16 @@ class ThinkingMeter:
         self.capped = False
         self._slack = slack
 
+    def feed_plain(self, token_id: int) -> bool:
+        """Count one token if it is no marker; False, and nothing counted, if it is."""
+        if token_id == self.end_id or token_id == self.start_id:
+            return False
+        if self.is_open:
+            self.thinking += 1
+        else:
+            self.answer += 1
+        return True
+
     def feed(self, token_ids: Sequence[int]) -> Split:
         """Sort the next tokens; `closed` says that thinking ended in them."""
         split = Split()

@@ -40,15 +40,15 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
     thinking_tokens: int = 0
     nano_usd: int = 0
 
-    def of(self, unit: Unit) -> int:
-        """The amount in a limit's unit."""
-        if unit == "tokens":
-            return self.tokens
-        if unit == "thinking_tokens":
-            return self.thinking_tokens
-        if unit == "usd":
-            return self.nano_usd
-        return 1
+    def by_unit(self) -> dict[Unit, int]:
+        """The amount in every unit a limit may have."""
+        return {
+            "tokens": self.tokens,
+            "thinking_tokens": self.thinking_tokens,
+            "usd": self.nano_usd,
+            "requests": 1,
+            "concurrency": 1,
+        }
 
 
 class Remaining(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,10 +24,11 @@ NOTHING = Amounts()
 class _Account:
     """One limit, and what its present window has settled and holds."""
 
-    __slots__ = ("debt", "held", "held_in_window", "limit", "rolls_at", "settled", "window_id")
+    __slots__ = ("debt", "held_in_window", "limit", "rolls_at", "settled", "unit", "window_id")
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
+        self.unit = limit.unit
         self.settled = self.held_in_window = self.debt = self.window_id = 0
         self.rolls_at = 0.0
 
@@ -127,18 +128,21 @@ class MemoryLedger:
         accounts: list[_Account] = []
         if self._accounts:
             now = self.clock()
+            need = ceiling.by_unit()
             short: _Account | None = None
             for scope in scopes:
                 for account in self._accounts.get(scope, ()):
-                    account.roll(now)
+                    if now >= account.rolls_at:
+                        account.roll(now)
                     accounts.append(account)
-                    missing = ceiling.of(account.limit.unit) - account.free()
-                    if missing > 0 and (short is None or _tightness(account) < _tightness(short)):
+                    if need[account.unit] > account.free() and (
+                        short is None or _tightness(account) < _tightness(short)
+                    ):
                         short = account
             if short is not None:
-                raise self._refusal(short, ceiling, now)
+                raise self._refusal(short, need[short.unit], now)
             for account in accounts:
-                account.held_in_window += ceiling.of(account.limit.unit)
+                account.held_in_window += need[account.unit]
         self._count(ceiling, 1)
         return accounts
 
@@ -147,15 +151,19 @@ class MemoryLedger:
     ) -> None:
         """Replace the hold by actual use in the windows it was taken in; overrun becomes debt."""
         self._count(ceiling, -1)
+        if not accounts:
+            return
+        held, spent = ceiling.by_unit(), used.by_unit()
         for account, window_id in zip(accounts, windows, strict=True):
             if account.window_id != window_id:
                 continue  # that window is over: its books are closed, nothing of it burdens the next
-            unit = account.limit.unit
-            account.held_in_window -= ceiling.of(unit)
+            unit = account.unit
+            account.held_in_window -= held[unit]
             if unit == "concurrency":
                 continue
-            account.settled += used.of(unit)
-            account.debt += max(0, used.of(unit) - ceiling.of(unit))
+            account.settled += spent[unit]
+            if spent[unit] > held[unit]:
+                account.debt += spent[unit] - held[unit]
 
     def _count(self, ceiling: Amounts, sign: int) -> None:
         self._held_tokens += sign * ceiling.tokens
@@ -167,9 +175,8 @@ class MemoryLedger:
         return limit.scope, limit.unit, limit.window
 
     @staticmethod
-    def _refusal(account: _Account, ceiling: Amounts, now: float) -> HoldRefused:
+    def _refusal(account: _Account, need: int, now: float) -> HoldRefused:
         limit = account.limit
-        need = ceiling.of(limit.unit)
         kind: Refusal
         retry_after_s: float | None = max(0.001, account.rolls_at - now)
         if need > limit.amount:

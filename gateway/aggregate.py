@@ -27,7 +27,7 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
-    stop_reason: msgspec.Raw | None = None
+    stop_reason: Any = None
 
 
 class Aggregator:
@@ -63,9 +63,9 @@ class Aggregator:
             if delta.text:
                 (choice.thinking if delta.kind is Kind.THINKING else choice.answer).append(delta.text)
             if delta.tool_calls is not None:
-                _merge_tool_calls(choice.tool_calls, msgspec.json.decode(delta.tool_calls))
+                _merge_tool_calls(choice.tool_calls, _objects(delta.tool_calls))
             if delta.logprobs is not None:
-                _merge_logprobs(choice.logprobs, msgspec.json.decode(delta.logprobs))
+                _merge_logprobs(choice.logprobs, _objects(delta.logprobs))
             if self._ids:
                 choice.token_ids += delta.token_ids
                 choice.prompt_token_ids = delta.prompt_token_ids or choice.prompt_token_ids
@@ -118,6 +118,10 @@ class Aggregator:
             shaped["token_ids"] = choice.token_ids
             shaped["prompt_token_ids"] = choice.prompt_token_ids
         return shaped
+
+
+def _objects(json: Any) -> Any:
+    return msgspec.json.decode(json) if isinstance(json, msgspec.Raw) else json
 
 
 def _merge_tool_calls(known: dict[int, dict[str, Any]], parts: list[dict[str, Any]]) -> None:

@@ -28,7 +28,7 @@ from gateway.config_load import secret_sha256s
 from gateway.edge import ClientGone, Exchange, Receive, Scope, Send
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.log import LineWriter
-from gateway.metrics import Metrics, State
+from gateway.metrics import Metrics
 from gateway.models import Model, Slot, build_models
 from gateway.record import Record
 from gateway.watch import Watch
@@ -82,16 +82,13 @@ class Gateway(FastAPI):
             redoc_url=None,
             exception_handlers={404: not_found, 405: not_found},
         )
-        self.metrics = Metrics()
         self.lines = LineWriter(log_stream)  # type: ignore[arg-type]  # anything with write and flush
         self.serving = Serving(config, Keyring(config, secret_sha256s(config)), build_models(config))
         self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
         timeouts = config.server.timeouts
         self.watch = Watch(slow_client_s=timeouts.slow_client_s, total_s=timeouts.total_s)
         self.is_draining = False
-        self.metrics.registry.register(
-            State(self.ledger.held, lambda: len(self.watch), lambda: self.serving.models)
-        )
+        self.metrics = Metrics(self.ledger.held, lambda: len(self.watch), lambda: self.serving.models)
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -117,7 +114,7 @@ class Gateway(FastAPI):
             await route(self, exchange, record)  # type: ignore[operator]  # HOT_ROUTES holds handlers
         except GatewayError as exc:
             record.error = exc.code or exc.type
-            self.metrics.refusals.labels(record.error).inc()
+            self.metrics.refusals.add(record.error)
             await exchange.fail(exc)
         except ClientGone:
             record.ended_by = "disconnect"

@@ -7,6 +7,7 @@ they mean (serve.py).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import time
@@ -28,6 +29,9 @@ EVENT_STREAM: Headers = [
 ]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TRACE = (b"traceparent", b"tracestate")
+# Unique, not secret: a random part for the process, a number for the request.
+_PROCESS = f"req-{os.urandom(8).hex()}-"
+_numbers = itertools.count(1)
 
 
 class ClientGone(Exception):
@@ -82,7 +86,7 @@ class Exchange:
             elif name in _TRACE:
                 self.trace = (*self.trace, (name, value))
         sane = request_id and _REQUEST_ID.fullmatch(request_id)
-        self.request_id = request_id.decode() if sane else f"req-{os.urandom(12).hex()}"
+        self.request_id = request_id.decode() if sane else f"{_PROCESS}{next(_numbers):x}"
 
     @property
     def receive(self) -> Receive:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gateway.config import ThinkingConfig
     from gateway.request import ChatFields, MediaUrl, RawFields
 
-CONSUMED = (
+CONSUMED = frozenset((
     "model",
     "stream",
     "stream_options",
@@ -40,13 +40,14 @@ CONSUMED = (
     "thinkgate",
     "return_token_ids",
     "service_tier",
-)
+))
 NOT_ON_VLLM = {
     "functions": "use `tools`",
     "function_call": "use `tool_choice`",
     "prediction": "leave it out",
     "web_search_options": "leave it out",
     "audio": "leave it out",
+    "store": "nothing is stored here: leave it out",
 }
 
 
@@ -55,19 +56,15 @@ def upstream_fields(raw: RawFields, thinking: ThinkingConfig, *, kind: str, mode
 
     Raises: InvalidRequest for a known field that such a backend cannot honour.
     """
-    fields = dict(raw)
-    for name in CONSUMED:
-        fields.pop(name, None)
+    fields = {name: value for name, value in raw.items() if name not in CONSUMED}
     if kind == "openai":
         for name in ("service_tier", "reasoning_effort", "max_completion_tokens"):
             if name in raw:
                 fields[name] = raw[name]
-    else:
-        for name, instead in NOT_ON_VLLM.items():
-            if bytes(fields.get(name) or b"null") != b"null":
-                raise refuse_field(name, kind, instead)
-        if bytes(fields.get("store") or b"") == b"true":
-            raise refuse_field("store", kind, "nothing is stored here: leave it out")
+    elif not NOT_ON_VLLM.keys().isdisjoint(fields):
+        for name in NOT_ON_VLLM.keys() & fields.keys():
+            if bytes(fields[name]) not in {b"null", b"false"}:
+                raise refuse_field(name, kind, NOT_ON_VLLM[name])
     if "messages" in raw:
         switches = _template_kwargs(raw.get("chat_template_kwargs"), thinking, mode)
         if switches:

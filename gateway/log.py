@@ -14,14 +14,19 @@ from typing import IO, Any
 
 import msgspec
 
+from budget.tokens import TokenCounts
+
 FLUSH_EVERY_S = 0.2
 MAX_PENDING = 50_000
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
 
+_encoder = msgspec.json.Encoder()
+
 
 class RequestLine(msgspec.Struct, omit_defaults=True):
-    """What is said of one request."""
+    """What is said of one request; `time` is in seconds since 1970."""
 
+    event: str
     time: float
     request_id: str
     route: str
@@ -34,14 +39,12 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     stream: bool
     seconds: float
     overhead_ms: float
-    tokens: dict[str, int]
+    tokens: TokenCounts
     cap: int | None = None
     capped: bool = False
     ended_by: str | None = None
     cost_nano_usd: int = 0
     error: str | None = None
-    event: str = "request"
-    level: str = ""
 
 
 class LineWriter:
@@ -79,11 +82,7 @@ class LineWriter:
     def _flush(self) -> None:
         lines, self._pending = self._pending, []
         dropped, self._dropped = self._dropped, 0
-        out = []
-        for line in lines:
-            record = msgspec.to_builtins(line)
-            record = {"time": _iso(record.pop("time")), "level": "info", "event": "request", **record}
-            out.append(msgspec.json.encode(record).decode())
+        out = [_encoder.encode(line).decode() for line in lines]
         if dropped:
             out.append(msgspec.json.encode({"level": "warning", "event": "log lines dropped", "count": dropped}).decode())
         if out:

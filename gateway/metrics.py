@@ -1,17 +1,19 @@
-"""Prometheus metrics: bounded labels, children looked up once.
+"""Prometheus metrics, kept so that a request pays about a microsecond for all of them.
 
-Labels are public model names, modes, routes, statuses, backend ids and token kinds: never a key, a
-tenant or a prompt. O(1) per request.
+Owns: plain Python cells that the hot path adds to, and the collector that turns them into Prometheus
+families when scraped. Labels are public model names, modes, routes, statuses, backend ids and token
+kinds: never a key, a tenant or a prompt. O(1) per request.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -22,123 +24,162 @@ if TYPE_CHECKING:
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1)
+KINDS = ("prompt", "cached", "thinking", "answer", "planner", "probe", "injected", "wasted")
+Labels = tuple[str, ...]
 
 
-class State(Collector):
-    """What is held, in flight and up, read when scraped."""
+class CounterCells:
+    """One counter family: a number per label values."""
+
+    def __init__(self, name: str, text: str, labels: Labels) -> None:
+        self.family = (name, text, labels)
+        self.cells: defaultdict[Labels, float] = defaultdict(float)
+
+    def add(self, *labels: str, by: float = 1) -> None:
+        """Add to one cell."""
+        self.cells[labels] += by
+
+    def collect(self) -> CounterMetricFamily:
+        """As Prometheus sees it."""
+        name, text, names = self.family
+        family = CounterMetricFamily(name, text, labels=names)
+        for labels, value in list(self.cells.items()):
+            family.add_metric(labels, value)
+        return family
+
+
+class HistogramCells:
+    """One histogram family: bucket counts and a sum per label values."""
+
+    def __init__(self, name: str, text: str, labels: Labels, buckets: tuple[float, ...]) -> None:
+        self.family = (name, text, labels)
+        self._buckets = buckets
+        self.cells: dict[Labels, list[float]] = {}
+
+    def observe(self, labels: Labels, value: float) -> None:
+        """Count one value."""
+        cell = self.cells.get(labels)
+        if cell is None:
+            cell = self.cells[labels] = [0.0] * (len(self._buckets) + 2)
+        cell[bisect_left(self._buckets, value)] += 1
+        cell[-1] += value
+
+    def collect(self) -> HistogramMetricFamily:
+        """As Prometheus sees it."""
+        name, text, names = self.family
+        family = HistogramMetricFamily(name, text, labels=names)
+        bounds = [*(f"{bound:g}" for bound in self._buckets), "+Inf"]
+        for labels, cell in list(self.cells.items()):
+            running, buckets = 0.0, []
+            for bound, count in zip(bounds, cell[:-1], strict=True):
+                running += count
+                buckets.append((bound, running))
+            family.add_metric(labels, buckets, cell[-1])
+        return family
+
+
+class Metrics(Collector):
+    """All metrics of one gateway, in a registry of its own.
+
+    Args:
+        held: amounts held now.
+        in_flight: requests being served.
+        models: the models served now.
+    """
 
     def __init__(
         self, held: Callable[[], Amounts], in_flight: Callable[[], int], models: Callable[[], dict[str, Model]]
     ) -> None:
-        self._held = held
-        self._in_flight = in_flight
-        self._models = models
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The gauges."""
-        held = self._held()
-        yield GaugeMetricFamily("thinkgate_held_tokens", "Tokens held and not settled.", value=held.tokens)
-        yield GaugeMetricFamily("thinkgate_held_nano_usd", "Money held and not settled.", value=held.nano_usd)
-        yield GaugeMetricFamily("thinkgate_inflight_requests", "Requests being served.", value=self._in_flight())
-        up = GaugeMetricFamily("thinkgate_backend_up", "1 if the backend is up.", labels=["model", "backend"])
-        calls = GaugeMetricFamily("thinkgate_backend_calls", "Calls in flight.", labels=["model", "backend"])
-        for model in self._models().values():
-            for slot in model.slots:
-                up.add_metric([model.name, slot.config.id], float(slot.is_up))
-                calls.add_metric([model.name, slot.config.id], slot.in_flight)
-        yield up
-        yield calls
-
-
-class Metrics:
-    """All metrics of one gateway, in a registry of its own."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "thinkgate_requests", "Requests answered.", ["route", "model", "mode", "status"], registry=registry
+        self._held, self._in_flight, self._models = held, in_flight, models
+        self._requests = CounterCells(
+            "thinkgate_requests", "Requests answered.", ("route", "model", "mode", "status")
         )
-        self._seconds = Histogram(
-            "thinkgate_request_seconds",
-            "From the request's arrival to the end of its answer.",
-            ["model", "mode"],
-            buckets=SECONDS,
-            registry=registry,
+        self._tokens: dict[Labels, list[int]] = {}
+        self._cost = CounterCells("thinkgate_cost_nano_usd", "Money settled.", ("model",))
+        self._capped = CounterCells(
+            "thinkgate_capped", "Requests whose thinking was ended by the cap.", ("model",)
         )
-        self._first_byte = Histogram(
-            "thinkgate_first_byte_seconds",
-            "From the request's arrival to the first byte of a stream.",
-            ["model", "mode"],
-            buckets=SECONDS,
-            registry=registry,
+        self._overruns = CounterCells(
+            "thinkgate_cap_overruns", "Calls whose backend ignored the cap.", ("model", "backend")
         )
-        self._overhead = Histogram(
-            "thinkgate_overhead_seconds",
-            "Time the gateway itself added before the first byte.",
-            ["model"],
-            buckets=OVERHEAD,
-            registry=registry,
+        self.refusals = CounterCells("thinkgate_refusals", "Requests refused.", ("code",))
+        self.disconnects = CounterCells("thinkgate_disconnects", "Clients that left early.", ("route",))
+        self.unreported = CounterCells(
+            "thinkgate_unreported_calls", "Calls closed before the backend reported any token.", ("model",)
         )
-        self._tokens = Counter(
-            "thinkgate_tokens", "Tokens by kind.", ["model", "mode", "kind"], registry=registry
+        self.reloads = CounterCells("thinkgate_config_reloads", "Configuration reloads.", ("outcome",))
+        self.reload_failed = False
+        mode = ("model", "mode")
+        self._seconds = HistogramCells("thinkgate_request_seconds", "Arrival to end of answer.", mode, SECONDS)
+        self._first = HistogramCells("thinkgate_first_byte_seconds", "Arrival to first byte.", mode, SECONDS)
+        self._overhead = HistogramCells(
+            "thinkgate_overhead_seconds", "What the gateway itself added before the first byte.", mode, OVERHEAD
         )
-        self._cost = Counter("thinkgate_cost_nano_usd", "Money settled.", ["model"], registry=registry)
-        self._capped = Counter(
-            "thinkgate_capped", "Requests whose thinking was ended by the cap.", ["model"], registry=registry
-        )
-        self._overruns = Counter(
-            "thinkgate_cap_overruns", "Calls whose backend ignored the cap.", ["model", "backend"], registry=registry
-        )
-        self.refusals = Counter("thinkgate_refusals", "Requests refused.", ["code"], registry=registry)
-        self.disconnects = Counter("thinkgate_disconnects", "Clients that left early.", ["route"], registry=registry)
-        self.unreported = Counter(
-            "thinkgate_unreported_calls",
-            "Calls closed before the backend reported any token of them.",
-            ["model"],
-            registry=registry,
-        )
-        self.reloads = Counter("thinkgate_config_reloads", "Configuration reloads.", ["outcome"], registry=registry)
-        self.reload_failed = Gauge(
-            "thinkgate_config_reload_failed", "1 while the newest configuration was refused.", registry=registry
-        )
-        self._child = lru_cache(maxsize=4096)(self._make_child)
-
-    def _make_child(self, metric: Counter | Histogram, *labels: str) -> Counter | Histogram:
-        return metric.labels(*labels)
-
-    def _inc(self, metric: Counter, *labels: str, by: float = 1) -> None:
-        self._child(metric, *labels).inc(by)  # type: ignore[union-attr]  # a Counter gives Counters
-
-    def _observe(self, metric: Histogram, *labels: str, value: float) -> None:
-        self._child(metric, *labels).observe(value)  # type: ignore[union-attr]  # a Histogram gives Histograms
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def request(self, route: str, model: str, mode: str, status: int, seconds: float) -> None:
         """One request ended."""
-        self._inc(self._requests, route, model, mode, str(status))
-        self._observe(self._seconds, model, mode, value=seconds)
+        self._requests.cells[route, model, mode, str(status)] += 1
+        self._seconds.observe((model, mode), seconds)
 
     def began(self, model: str, mode: str, *, first_byte_s: float, overhead_s: float) -> None:
         """The first byte of a response is on its way."""
-        self._observe(self._first_byte, model, mode, value=first_byte_s)
-        self._observe(self._overhead, model, value=overhead_s)
+        labels = (model, mode)
+        self._first.observe(labels, first_byte_s)
+        self._overhead.observe(labels, overhead_s)
 
     def used(self, model: str, mode: str, counts: TokenCounts, nano_usd: int) -> None:
         """What a request used."""
-        for kind in counts.__struct_fields__:
-            amount = getattr(counts, kind)
-            if amount:
-                self._inc(self._tokens, model, mode, kind, by=amount)
+        cell = self._tokens.get((model, mode))
+        if cell is None:
+            cell = self._tokens[model, mode] = [0] * len(KINDS)
+        cell[0] += counts.prompt
+        cell[1] += counts.cached
+        cell[2] += counts.thinking
+        cell[3] += counts.answer
+        cell[4] += counts.planner
+        cell[5] += counts.probe
+        cell[6] += counts.injected
+        cell[7] += counts.wasted
         if nano_usd:
-            self._inc(self._cost, model, by=nano_usd)
+            self._cost.cells[model,] += nano_usd
 
     def capped(self, model: str) -> None:
         """A cap ended some thinking."""
-        self._inc(self._capped, model)
+        self._capped.add(model)
 
     def overrun(self, model: str, backend: str) -> None:
         """A backend thought beyond its cap."""
-        self._inc(self._overruns, model, backend)
+        self._overruns.add(model, backend)
 
     def render(self) -> bytes:
         """The text exposition."""
         return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily | GaugeMetricFamily]:
+        """Everything, as Prometheus sees it."""
+        yield from (cells.collect() for cells in vars(self).values() if isinstance(cells, CounterCells | HistogramCells))
+        tokens = CounterMetricFamily("thinkgate_tokens", "Tokens by kind.", labels=("model", "mode", "kind"))
+        for (model, mode), cell in list(self._tokens.items()):
+            for kind, count in zip(KINDS, cell, strict=True):
+                tokens.add_metric((model, mode, kind), count)
+        yield tokens
+        held = self._held()
+        yield GaugeMetricFamily("thinkgate_held_tokens", "Tokens held and not settled.", value=held.tokens)
+        yield GaugeMetricFamily("thinkgate_held_nano_usd", "Money held and not settled.", value=held.nano_usd)
+        yield GaugeMetricFamily("thinkgate_inflight_requests", "Requests being served.", value=self._in_flight())
+        yield GaugeMetricFamily(
+            "thinkgate_config_reload_failed", "1 while the newest configuration was refused.", value=self.reload_failed
+        )
+        yield from self._backends()
+
+    def _backends(self) -> Iterator[GaugeMetricFamily]:
+        up = GaugeMetricFamily("thinkgate_backend_up", "1 if the backend is up.", labels=("model", "backend"))
+        calls = GaugeMetricFamily("thinkgate_backend_calls", "Calls in flight.", labels=("model", "backend"))
+        for model in self._models().values():
+            for slot in model.slots:
+                up.add_metric((model.name, slot.config.id), float(slot.is_up))
+                calls.add_metric((model.name, slot.config.id), slot.in_flight)
+        yield up
+        yield calls

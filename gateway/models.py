@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from budget.cap import Bounds
@@ -60,14 +59,14 @@ class Slot:
         self.failure = why
         self.suspect.set()
 
-    @contextmanager
-    def counted(self) -> Iterator[Backend]:
+    def __enter__(self) -> Backend:
         """Count a call here, from the decision to its end."""
         self.in_flight += 1
-        try:
-            yield self.backend
-        finally:
-            self.in_flight -= 1
+        return self.backend
+
+    def __exit__(self, *_: object) -> None:
+        """The call has ended."""
+        self.in_flight -= 1
 
     async def keep_up(self) -> None:
         """Probe until it is up; wait until it is suspected; for ever."""

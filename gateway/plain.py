@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from budget.cap import ThinkingMeter
-from gateway.backends.events import ABSENT, UsageBody, cut_prompt_ids, cut_token_ids, present
+from gateway.backends.events import UsageBody, cut_prompt_ids, cut_token_ids
 from gateway.backends.reader import read_usage
 from gateway.errors import UpstreamError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gateway.tally import Tally
 
 HIDDEN = ("prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics")
+
+NULL = Raw(b"null")  # a union with Raw cannot be declared: absent and null read the same
 
 
 class _Message(Struct):
@@ -36,7 +38,7 @@ class _Choice(Struct):
 class _Body(Struct):
     choices: list[_Choice]
     usage: UsageBody | None = None
-    prompt_token_ids: Raw = ABSENT
+    prompt_token_ids: Raw = NULL
 
 
 _body_decoder = msgspec.json.Decoder(_Body)
@@ -122,10 +124,10 @@ class PlainAnswer:
         return choices
 
     def _is_open(self) -> bool:
-        prompt, markers = present(self._typed.prompt_token_ids), self._markers
-        if prompt is None or markers is None:
+        prompt, markers = bytes(self._typed.prompt_token_ids), self._markers
+        if prompt == b"null" or markers is None:
             return False
-        tail = bytes(prompt)[-128:].strip(b"[] ").split(b",")
+        tail = prompt[-128:].strip(b"[] ").split(b",")
         for token in reversed(tail[1:] if len(tail) > 1 else tail):
             if token.strip() == b"%d" % markers.end:
                 return False

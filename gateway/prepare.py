@@ -116,7 +116,7 @@ def prepare(
         wants_token_ids=ask.wants_token_ids,
         trace_headers=trace,
     )
-    ceiling = _ceiling(ask, raw, model, cap_tokens if is_thinking else 0, max_tokens)
+    ceiling = _ceiling(ask, body, model, cap_tokens if is_thinking else 0, max_tokens)
     return Prepared(ask, model, decision, call, report, ceiling, stops, keep_stop)
 
 
@@ -233,14 +233,11 @@ def _own_stops(raw: RawFields) -> tuple[tuple[str, ...], bool, RawFields]:
     return ((stop,) if isinstance(stop, str) else tuple(stop)), keep, rest
 
 
-def _ceiling(ask: Ask, raw: RawFields, model: Model, cap: int | None, max_tokens: int) -> Amounts:
-    """The hold: prompt bound + output limit times choices; bytes bound the prompt's tokens from above."""
-    prompt = TEMPLATE_MARGIN_TOKENS + sum(
-        len(bytes(raw[name])) for name in ("messages", "prompt", "tools", "response_format") if name in raw
-    )
-    messages = raw.get("messages")
-    if messages is not None and b"_url" in bytes(messages):
-        prompt += MEDIA_PART_TOKENS * bytes(messages).count(b"_url")
+def _ceiling(ask: Ask, body: bytes, model: Model, cap: int | None, max_tokens: int) -> Amounts:
+    """The hold: prompt bound + output limit times choices; a body's bytes bound its prompt's tokens."""
+    prompt = TEMPLATE_MARGIN_TOKENS + len(body)
+    if b'_url"' in body:
+        prompt += MEDIA_PART_TOKENS * body.count(b'_url"')
     choices = ask.n * ask.prompts
     thinking = max_tokens if cap is None else min(cap, max_tokens)
     return Amounts(

@@ -70,8 +70,8 @@ class Record:
             metrics.began(model, mode, first_byte_s=self.first_byte_s, overhead_s=self.overhead_s)
         counts, nano_usd, backend, cap, capped = TokenCounts(), 0, "", None, False
         if run is not None and prepared is not None:
-            counts = run.tally.counts()
-            nano_usd = run.tally.amounts(counts).nano_usd
+            counts, settled = run.close_books()
+            nano_usd = settled.nano_usd
             backend = run.slot.config.id if run.slot is not None else ""
             cap, capped = prepared.cap.tokens, run.tally.capped
             metrics.used(model, mode, counts, nano_usd)
@@ -81,6 +81,7 @@ class Record:
                 metrics.overrun(model, backend)
         lines.write(
             RequestLine(
+                event="request",
                 time=time.time(),
                 request_id=exchange.request_id,
                 route=self._route,
@@ -93,7 +94,7 @@ class Record:
                 stream=prepared is not None and prepared.ask.stream,
                 seconds=round(seconds, 6),
                 overhead_ms=round(self.overhead_s * 1000, 3),
-                tokens={kind: n for kind in counts.__struct_fields__ if (n := getattr(counts, kind))},
+                tokens=counts,
                 cap=cap,
                 capped=capped,
                 ended_by=self.ended_by,

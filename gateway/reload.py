@@ -58,12 +58,12 @@ class Reloader:
             self._refuse_fixed(config)
             self._gateway.reload(config)
         except ConfigError as exc:
-            metrics.reloads.labels("refused").inc()
-            metrics.reload_failed.set(1)
+            metrics.reloads.add("refused")
+            metrics.reload_failed = True
             log.error("configuration refused, the old one stays in force", extra={"problems": str(exc).split("\n")})  # noqa: TRY400  # the problems are the operator's, a traceback says nothing
             return
-        metrics.reloads.labels("accepted").inc()
-        metrics.reload_failed.set(0)
+        metrics.reloads.add("accepted")
+        metrics.reload_failed = False
         log.info("configuration reloaded", extra={"models": sorted(config.models), "keys": len(config.keys)})
 
     def _refuse_fixed(self, config: Config) -> None:

@@ -67,7 +67,7 @@ async def serve_completion(gateway: Gateway, exchange: Exchange, surface: Surfac
                 raise DeadlinePassed("The request's time was over before it was answered.") from None
             if watched.reason == "drain":
                 raise Overloaded("The server is shutting down.") from None
-            gateway.metrics.disconnects.labels(surface).inc()
+            gateway.metrics.disconnects.add(surface)
             raise ClientGone from None
 
 
@@ -124,7 +124,7 @@ class Answer:
             else:
                 await self._whole()
         finally:
-            self._run.report()
+            self._run.close_books()
             self._record.finish(self._run)
 
     def _deltas(self) -> AsyncIterator[list[Delta]]:
@@ -154,7 +154,7 @@ class Answer:
         tried = []
         while True:
             slot = self._run.slot = self._prepared.model.choose(without=tried)
-            with slot.counted() as backend:
+            with slot as backend:
                 waited_from = time.perf_counter()
                 try:
                     assert isinstance(backend, HttpBackend)
@@ -163,7 +163,7 @@ class Answer:
                     slot.mark_down(exc.message)
                     tried.append(slot)
                 except asyncio.CancelledError:
-                    self._gateway.metrics.unreported.labels(self._prepared.model.name).inc()
+                    self._gateway.metrics.unreported.add(self._prepared.model.name)
                     raise
                 finally:
                     self._exchange.wait_s += time.perf_counter() - waited_from
@@ -241,9 +241,7 @@ class Answer:
     def _closing(self) -> tuple[bytes, bytes]:
         """`usage` and `thinkgate` as JSON, once everything is counted."""
         run, prepared = self._run, self._prepared
-        counts = run.tally.counts()
-        settled = run.tally.amounts(counts)
-        run.hold.report(settled)
+        counts, settled = run.close_books()
         prepared.cap.hit = run.tally.capped
         prepared.cap.overrun_tokens = run.overrun
         report = Report(

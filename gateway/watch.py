@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Self
 
 from gateway.edge import Exchange
 
@@ -26,15 +24,28 @@ class Watched:
         reason: why its task was cancelled, or None.
     """
 
-    __slots__ = ("_task", "deadline_s", "exchange", "is_over", "reason", "watcher")
+    __slots__ = ("_running", "_task", "deadline_s", "exchange", "is_over", "reason", "watcher")
 
-    def __init__(self, exchange: Exchange, task: asyncio.Task[object]) -> None:
+    def __init__(self, exchange: Exchange, task: asyncio.Task[object], running: dict[int, Watched]) -> None:
+        self._running = running
         self.exchange = exchange
         self.deadline_s: float | None = None
         self.reason: Reason | None = None
         self.is_over = False
         self.watcher: asyncio.Task[None] | None = None
         self._task = task
+
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+        self._running[id(self)] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The request is over."""
+        self.is_over = True
+        del self._running[id(self)]
+        if self.watcher is not None:
+            self.watcher.cancel()
 
     def cancel(self, reason: Reason) -> None:
         """End the request's work, once."""
@@ -67,20 +78,11 @@ class Watch:
         """Requests in flight."""
         return len(self._running)
 
-    @contextmanager
-    def over(self, exchange: Exchange) -> Iterator[Watched]:
-        """Watch a request for as long as the block runs."""
+    def over(self, exchange: Exchange) -> Watched:
+        """A context manager: the request is watched for as long as the block runs."""
         task = asyncio.current_task()
         assert task is not None
-        watched = Watched(exchange, task)
-        self._running[id(watched)] = watched
-        try:
-            yield watched
-        finally:
-            watched.is_over = True
-            del self._running[id(watched)]
-            if watched.watcher is not None:
-                watched.watcher.cancel()
+        return Watched(exchange, task, self._running)
 
     def cancel_all(self) -> None:
         """End every request: the drain's patience is over."""

@@ -6,7 +6,8 @@ forced, what counts as what, and why it ended. Knows no model: whoever drives it
 
 - thinking never exceeds the cap: at the cap the wrap-up and the end marker are forced;
 - while a marker of several tokens may be in the making, its tokens count against the cap;
-- the end of the sequence inside the thinking is not taken: the end marker is forced in its place.
+- the end of the sequence inside the thinking is not taken: the end marker is forced in its place;
+- after an end marker that was forced the answer has at least one token before the end of the sequence.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Choice:
         phase: where it is.
         thinking, answer, injected: settled tokens by kind.
         finish_reason: None while it runs.
+        owes_answer: the thinking was closed for the model, which has not answered yet.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Choice:
     ) -> None:
         self.thinking = self.answer = self.injected = 0
         self.finish_reason: str | None = None
+        self.owes_answer = False
         self._index = index
         self._plan = plan
         self._stopping = stopping
@@ -129,7 +132,7 @@ class Choice:
             pending = self._finder.pending if self._finder is not None else 0
             if self.thinking + pending >= plan.cap:
                 wrap_up = plan.wrap_up.ids if plan.cap and not self._cap_said else ()
-                self._forced = _Forced(wrap_up + plan.end.ids, len(wrap_up), is_cap=True)
+                self._forced = _Forced(wrap_up + plan.end.ids + plan.after.ids, len(wrap_up), is_cap=True)
         return () if self._forced is None else self._forced.ids[: self._stopping.max_tokens - self.total]
 
     def replaces(self, token_id: int) -> bool:
@@ -139,7 +142,7 @@ class Choice:
         """
         if self._plan is None or self.phase is not Phase.THINKING or token_id not in self._eos:
             return False
-        self._forced = _Forced(self._plan.end.ids, 0, is_cap=False)
+        self._forced = _Forced(self._plan.end.ids + self._plan.after.ids, 0, is_cap=False)
         return True
 
     def accept_forced(self, tokens: Sequence[Token]) -> list[Output]:
@@ -157,6 +160,7 @@ class Choice:
         self._forced = None
         if len(tokens) == len(forced.ids):
             self._begin_answer()
+            self.owes_answer = True
         return self._checked([*outputs, out])
 
     def accept(self, token: Token) -> list[Output]:
@@ -219,6 +223,7 @@ class Choice:
     def _answer(self, token: Token) -> list[Output]:
         if token.id == self._start_id:
             return self._reopen(token)
+        self.owes_answer = False
         out = self._output(Kind.ANSWER, answer=[token])
         if token.id in self._eos:
             return [self._finish(out, "stop")]

@@ -43,16 +43,29 @@ def compose(model: LanguageModel, given: ChatInput | CompletionInput, options: O
     return GenerationRequest(prompts=prompts, options=options, grammar=grammar, parses_tools=bool(tools))
 
 
-def thinking_plan(model: LanguageModel, rules: ThinkingRules, *, is_open: bool) -> ThinkingPlan | None:
-    """The rules in the model's tokens; None if nothing needs watching."""
+def thinking_plan(
+    model: LanguageModel, rules: ThinkingRules, *, is_open: bool, has_grammar: bool
+) -> ThinkingPlan | None:
+    """The rules in the model's tokens; None if nothing needs watching.
+
+    Args:
+        model: whose tokens.
+        rules: as asked.
+        is_open: the prompt ends inside the thinking.
+        has_grammar: a grammar watches the answer; it lets no opening marker of several tokens through.
+    """
     if not rules.native and not is_open:
         return None
-    cap = rules.cap if rules.enabled else 0
+    start = model.tokens.marker(rules.start.strip())
+    may_open = rules.native and (start.single is not None or not has_grammar)
     return ThinkingPlan(
-        cap=cap,
-        start=model.tokens.marker(rules.start.strip()) if rules.native else None,
+        cap=rules.cap if rules.enabled else 0,
+        start=start if may_open else None,
         end=model.tokens.marker(rules.end),
         wrap_up=model.tokens.marker(rules.wrap_up),
+        # A model that thinks by itself goes on from the marker as it was trained to; another one needs
+        # to see that the block is over.
+        after=model.tokens.marker("" if rules.native else "\n\n"),
         reports_cap=rules.enabled,
     )
 
@@ -64,7 +77,7 @@ def _chat_prompt(
     is_open = rules.native and chain_is_open(text, rules.start, rules.end, anywhere=False)
     if not is_open and rules.enabled and rules.cap != 0:
         # A model that does not think by itself gets its chain begun. So does one whose opening marker
-        # takes several tokens when a grammar watches the answer: the grammar would not let them through.
+        # takes several tokens when a grammar watches the answer, see thinking_plan.
         is_text_marker = model.tokens.marker(rules.start.strip()).single is None
         if not rules.native or (has_grammar and is_text_marker):
             text += rules.start + "\n"

@@ -72,7 +72,9 @@ class _Run:
         self._stopping = options.stopping
         self._choice = Choice(
             index,
-            plan=thinking_plan(model, options.thinking, is_open=prompt.chain_open),
+            plan=thinking_plan(
+                model, options.thinking, is_open=prompt.chain_open, has_grammar=request.grammar is not None
+            ),
             stopping=options.stopping,
             shown=model.tokens.shown(skip_special_tokens=options.skip_special_tokens),
             eos=model.tokens.eos,
@@ -123,7 +125,7 @@ class _Run:
     def _pick(self, logits: torch.Tensor) -> int:
         """Sample the next token."""
         banned: set[int] = set()
-        if self._choice.total < self._stopping.min_tokens:
+        if self._choice.total < self._stopping.min_tokens or self._choice.owes_answer:
             banned = {*self._model.tokens.eos, *self._stopping.token_ids}
         allowed = None
         if self._constraint is not None and self._choice.is_constrained:

@@ -42,6 +42,7 @@ class ThinkingPlan:
         start: opening marker, if the model may write it itself; None otherwise.
         end: closing marker.
         wrap_up: forced before `end` when the cap ends the thinking.
+        after: forced after an `end` that was forced.
         reports_cap: a cap that is reached is news; off in instant mode, where nothing was promised.
     """
 
@@ -49,6 +50,7 @@ class ThinkingPlan:
     start: Marker | None
     end: Marker
     wrap_up: Marker
+    after: Marker
     reports_cap: bool
 
 

@@ -271,9 +271,10 @@ class Stream:
         return event({**self._head(), "choices": [body], **extra})
 
     def _batches(self, choice: Choice) -> Iterator[list[tuple[str, Token]]]:
-        """Tokens that travel together; without ids vLLM sends no event for a token without text."""
+        """Tokens that travel together; vLLM sends no event that has neither text nor ids nor logprobs."""
         parts: list[tuple[str, Token]] = list(choice.parts)
-        if not (self.request.get("return_token_ids") and self.model.gives_ids) and parts:
+        wants_ids = self.request.get("return_token_ids") and self.model.gives_ids
+        if parts and not wants_ids and not self.request.get("logprobs"):
             *rest, last = parts
             parts = [p for p in rest if self.model.delta(p[0], p[1], self.surface)] + [last]
         for start in range(0, len(parts), self.tokens_per_event):

@@ -120,6 +120,14 @@ def test_every_configuration_key_is_documented():
     assert missing == []
 
 
+def test_every_metric_is_documented():
+    """Each metric that gateway/metrics.py names stands in the table of the operations guide."""
+    named = set(re.findall(r'"(thinkgate_[a-z_]+)"', (ROOT / "gateway/metrics.py").read_text()))
+    documented = set(re.findall(r"`(thinkgate_[a-z_]+)`", (ROOT / "docs/guides/operations.md").read_text()))
+    assert named
+    assert named == documented
+
+
 def test_every_decision_record_is_listed():
     """The index lists each record once, numbered without a gap, and each has the four parts."""
     listed = re.findall(r"^(0\d{3}-[a-z0-9-]+)$", (ROOT / "docs/adr/index.md").read_text(), re.MULTILINE)

@@ -9,8 +9,8 @@
  *
  * Knobs are changed while it runs:
  *   GET /__cfg?think=50&answer=50&gap_us=20000&first_us=0&burst=1
- *     think=-1 (the default): a request with thinking_token_budget thinks 50 tokens, others do not.
- *     A budget shortens the thinking whatever the knob says.
+ *     think: tokens the model would think by itself; thinking_token_budget shortens it, and
+ *     chat_template_kwargs.enable_thinking=false switches it off. 0: a model that does not think.
  *   GET /__stats   requests, streams, tokens sent, connections, streams open now, streams abandoned
  */
 #define _GNU_SOURCE
@@ -46,7 +46,7 @@ typedef struct {
 static conn *conns[MAXFD];
 static int ep, n_open, n_streaming, peak_streams;
 static uint64_t n_requests, n_streams, n_tokens, n_abandoned;
-static struct { int think, answer, burst; uint64_t gap_us, first_us; } knob = {-1, 100, 1, 0, 0};
+static struct { int think, answer, burst; uint64_t gap_us, first_us; } knob = {50, 50, 1, 0, 0};
 
 static uint64_t now_ns(void) {
   struct timespec t;
@@ -142,7 +142,7 @@ static void next_slot(conn *c) {
   const ask *a = &c->asked;
   const course *r = &c->run;
   int tokens = r->think + r->answer;
-  if (c->sent == 0 && a->is_chat) put_event(c, b, role_chunk(b, sizeof b, a));
+  if (c->sent == 0 && a->is_chat) put_event(c, b, role_chunk(b, sizeof b, a, r));
   if (c->sent == 0 && r->think == 0 && r->has_marker) put_event(c, b, marker_chunk(b, sizeof b, a, r));
   if (c->sent < tokens) {
     put_event(c, b, token_chunk(b, sizeof b, a, r, c->sent, now_ns()));

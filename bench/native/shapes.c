@@ -13,7 +13,7 @@ static const char ANSWER[] =
   "city limits and more than ten million in the wider metropolitan area.";
 
 static const char *model = "bench-model";
-static char prompt_ids[PROMPT_TOKENS * 8];   /* "100,101,..." */
+static char prompt_ids[2][PROMPT_TOKENS * 8];   /* "100,101,..."; [1] ends with the start marker and a newline */
 
 /* ---- writing ---- */
 
@@ -35,8 +35,13 @@ static void form(pen *p, const char *f, ...) {
 
 void shapes_init(const char *m) {
   model = m;
-  pen p = {prompt_ids, sizeof prompt_ids, 0};
-  for (int i = 0; i < PROMPT_TOKENS; i++) form(&p, i ? ",%d" : "%d", 100 + i);
+  for (int is_open = 0; is_open < 2; is_open++) {
+    pen p = {prompt_ids[is_open], sizeof prompt_ids[0], 0};
+    for (int i = 0; i < PROMPT_TOKENS; i++) {
+      int is_marker = is_open && i == PROMPT_TOKENS - 2;
+      form(&p, i ? ",%d" : "%d", is_marker ? (int)THINK_START_ID : 100 + i);
+    }
+  }
 }
 
 /* ---- reading ---- */
@@ -74,8 +79,8 @@ ask read_ask(const char *b, int n, int is_chat) {
  * index 0/4/19/39), so a budget of B leaves B - 1 tokens of thinking. */
 course plan_course(const ask *a, int think, int answer) {
   course p = {.answer = answer};
-  if (think < 0) think = a->budget >= 0 ? AUTO_THINK : 0;
-  if (a->is_chat && !a->thinks_off && think) {
+  if (a->is_chat && !a->thinks_off && think > 0) {
+    p.is_open = 1;
     p.think = think;
     if (a->budget >= 0 && a->budget - 1 < think) p.think = a->budget ? a->budget - 1 : 0;
     p.has_marker = 1;
@@ -115,12 +120,12 @@ static void chunk_tail(pen *p, const ask *a, int completion) {
   if (a->wants_continuous_usage) { lit(p, ","); usage(p, completion); lit(p, "}"); }
 }
 
-int role_chunk(char *out, int cap, const ask *a) {
+int role_chunk(char *out, int cap, const ask *a, const course *c) {
   pen p = {out, cap, 0};
   chunk_head(&p, a);
   lit(&p, "{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}");
   chunk_tail(&p, a, 0);
-  if (a->wants_ids) form(&p, ",\"prompt_token_ids\":[%s],\"prompt_text\":null}", prompt_ids);
+  if (a->wants_ids) form(&p, ",\"prompt_token_ids\":[%s],\"prompt_text\":null}", prompt_ids[c->is_open]);
   else lit(&p, ",\"prompt_token_ids\":null,\"prompt_text\":null}");
   return p.len;
 }
@@ -138,7 +143,7 @@ int token_chunk(char *out, int cap, const ask *a, const course *c, int i, uint64
   if (!a->is_chat) {
     form(&p, "{\"index\":0,\"text\":\" tok@t%llu;\",\"logprobs\":null,\"finish_reason\":%s,\"stop_reason\":null,",
          (unsigned long long)sent_ns, reason);
-    if (i == 0 && a->wants_ids) form(&p, "\"prompt_token_ids\":[%s],", prompt_ids);
+    if (i == 0 && a->wants_ids) form(&p, "\"prompt_token_ids\":[%s],", prompt_ids[0]);
     else lit(&p, "\"prompt_token_ids\":null,");
   } else {
     form(&p, "{\"index\":0,\"delta\":{\"%s\":\" tok@t%llu;\"},\"logprobs\":null,\"finish_reason\":%s,%s",
@@ -198,9 +203,9 @@ static void output_ids(pen *p, const course *c) {
   lit(p, "]");
 }
 
-static void all_prompt_ids(pen *p, const ask *a) {
+static void all_prompt_ids(pen *p, const ask *a, const course *c) {
   lit(p, ",\"prompt_logprobs\":null,\"prompt_token_ids\":");
-  if (a->wants_ids) form(p, "[%s]", prompt_ids); else lit(p, "null");
+  if (a->wants_ids) form(p, "[%s]", prompt_ids[c->is_open]); else lit(p, "null");
 }
 
 int plain_answer(char *out, int cap, const ask *a, const course *c) {
@@ -221,10 +226,10 @@ int plain_answer(char *out, int cap, const ask *a, const course *c) {
   }
   form(&p, "\"logprobs\":null,\"finish_reason\":\"%s\",\"stop_reason\":null,\"token_ids\":", c->is_cut ? "length" : "stop");
   if (a->wants_ids) output_ids(&p, c); else lit(&p, "null");
-  if (!a->is_chat) all_prompt_ids(&p, a);
+  if (!a->is_chat) all_prompt_ids(&p, a, c);
   form(&p, ",\"routed_experts\":null}],\"service_tier\":null,%s,", FINGERPRINT);
   final_usage(&p, c, output_tokens(c), ",\"multimodal_tokens\":null");
-  if (a->is_chat) { all_prompt_ids(&p, a); lit(&p, ",\"prompt_text\":null"); }
+  if (a->is_chat) { all_prompt_ids(&p, a, c); lit(&p, ",\"prompt_text\":null"); }
   lit(&p, ",\"kv_transfer_params\":null,\"ec_transfer_params\":null,\"metrics\":null}");
   return p.len;
 }
@@ -246,7 +251,7 @@ int tokenized(char *out, int cap, const char *body, int n) {
   ids[0] = 0;
   if (!s || *s != '"') {
     count = PROMPT_TOKENS;
-    lit(&q, prompt_ids);
+    lit(&q, prompt_ids[1]);
   } else {
     for (s++; s < e && *s != '"'; s++) {
       int left = e - s, id = 0;

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 enum { THINK_START_ID = 151667, THINK_END_ID = 151668, STOP_ID = 151645 };
-enum { PROMPT_TOKENS = 212, CACHED_TOKENS = 192, ANSWER_TOKENS = 58, AUTO_THINK = 50, MAX_MODEL_LEN = 32768 };
+enum { PROMPT_TOKENS = 212, CACHED_TOKENS = 192, ANSWER_TOKENS = 58, MAX_MODEL_LEN = 32768 };
 
 /* What one request asks for. */
 typedef struct {
@@ -23,20 +23,21 @@ typedef struct {
 /* How the answer to it will run. Markers are not stamped and take no time of their own. */
 typedef struct {
   int think, answer;   /* stamped tokens */
-  int has_marker;      /* the end of thinking is among the output tokens */
+  int is_open;         /* the template ended the prompt with the start marker */
+  int has_marker;      /* the end marker is among the output tokens */
   int is_cut;          /* the output limit ended it: finish_reason length */
 } course;
 
 void shapes_init(const char *model);
 ask read_ask(const char *body, int n, int is_chat);
 
-/* `think`: tokens it would think by itself; -1: AUTO_THINK if the request has a budget, else 0. */
+/* `think`: tokens the model would think by itself; 0: a model that does not think. */
 course plan_course(const ask *a, int think, int answer);
 int output_tokens(const course *p);
 
 /* When the limit cuts the answer the last token carries the finish_reason and there is no finish chunk.
  * Each writes one JSON document into `out`, returns its length (0: vLLM says nothing here). */
-int role_chunk(char *out, int cap, const ask *a);
+int role_chunk(char *out, int cap, const ask *a, const course *p);
 int token_chunk(char *out, int cap, const ask *a, const course *p, int i, uint64_t sent_ns);
 int marker_chunk(char *out, int cap, const ask *a, const course *p);
 int finish_chunk(char *out, int cap, const ask *a, const course *p);

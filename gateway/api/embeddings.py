@@ -45,7 +45,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record) 
     ceiling = Amounts(tokens=prompt, nano_usd=model.prices.ceiling_nano_usd(prompt=prompt, thinking=0, answer=0))
     slot = model.choose()
     try:
-        with slot.counted() as backend:
+        with slot as backend:
             if not isinstance(backend, HttpBackend):
                 raise refuse_field("input", backend.kind, "it has no embedding model; use a vllm backend")
             async with gateway.ledger.hold((*key.scopes, model.scope), ceiling) as hold:

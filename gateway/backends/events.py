@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 
 from gateway.errors import UpstreamError
 
@@ -31,6 +31,10 @@ class EventSplitter:
         """The payloads completed by `data`, in order. Raises: UpstreamError for an endless event."""
         if self._tail:
             data = self._tail + data
+        elif data.startswith(b"data: ") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
+            payload = data[6:-2]  # one whole event, as nearly always
+            if b"\n" not in payload:
+                return [payload]
         if b"\r" in data:
             # A lone CR at the end may be half a CRLF: wait for the rest before deciding.
             keep = b"\r" if data.endswith(b"\r") else b""
@@ -55,14 +59,6 @@ def _payload(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-ABSENT = Raw(b"null")  # a union with Raw cannot be declared, so absent and null read the same
-
-
-def present(raw: Raw) -> Raw | None:
-    """The raw value, or None when it is absent or null."""
-    return None if raw is ABSENT or bytes(raw) == b"null" else raw
-
-
 class DeltaBody(Struct):
     """`choices[].delta` of a chat chunk."""
 
@@ -70,7 +66,7 @@ class DeltaBody(Struct):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Raw = ABSENT
+    tool_calls: Any = None
 
 
 class ChoiceBody(Struct):
@@ -81,8 +77,8 @@ class ChoiceBody(Struct):
     text: str | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
-    logprobs: Raw = ABSENT
-    stop_reason: Raw = ABSENT
+    logprobs: Any = None
+    stop_reason: Any = None
 
 
 class PromptDetails(Struct):

@@ -37,6 +37,7 @@ class Connection(asyncio.Protocol):
         "_buffered",
         "_error",
         "_head_done",
+        "_keep_alive",
         "_lost",
         "_loop",
         "_parser",
@@ -59,7 +60,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._body: list[bytes] = []
         self._buffered = 0
-        self._paused = self._lost = self._head_done = False
+        self._paused = self._lost = self._head_done = self._keep_alive = False
         self._error: Exception | None = None
         self.done = True
         self.reused = False
@@ -113,14 +114,16 @@ class Connection(asyncio.Protocol):
         self._buffered += len(body)
 
     def on_message_complete(self) -> None:
-        """The answer is whole."""
-        self.done = self.status >= 200
+        """The answer is whole; the parser knows only now whether the connection may be kept."""
+        if self.status >= 200:
+            self.done = True
+            self._keep_alive = self._parser.should_keep_alive()
 
     # -- what the pool and the backend call
     def start(self, data: bytes, *, first_byte_s: float) -> None:
         """Send one request; the previous exchange must be complete."""
         self._parser = httptools.HttpResponseParser(self)
-        self._head_done = self.done = False
+        self._head_done = self.done = self._keep_alive = False
         self.last_read = self._loop.time()
         self.deadline = self.last_read + first_byte_s
         self._transport.write(data)
@@ -167,7 +170,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """End the exchange: back to the pool when complete, else close the connection at once."""
-        if self.done and not self._lost and not self._body and self._parser.should_keep_alive():
+        if self.done and not self._lost and not self._body and self._keep_alive:
             self._pool.park(self)
         else:
             self._transport.abort()

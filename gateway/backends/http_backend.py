@@ -7,7 +7,6 @@ reading streams (reader.py), measuring capabilities (probe.py).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -63,7 +62,9 @@ class HttpBackend:
             is_live: somebody reads along; False: events may come in larger pieces.
         """
         interval = None if is_live else STREAM_INTERVAL_TOKENS
-        async with self._exchange(call, self._body(call, stream=True, interval=interval)) as connection:
+        connection = await self._send(call, self._body(call, stream=True, interval=interval))
+        try:
+            await self._check_status(connection)
             if not connection.content_type.startswith(b"text/event-stream"):
                 raise UpstreamError("The backend answered a stream with something else.")
             splitter, reader = EventSplitter(), self._reader(call)
@@ -78,12 +79,18 @@ class HttpBackend:
                     raise UpstreamError("The backend ended its stream before it was complete.")
             while not connection.done and await connection.read():
                 pass  # the end of the HTTP message, so that the connection can be used again
+        finally:
+            connection.release()
         yield [Delta(usage=reader.usage)] if reader.usage is not None else []
 
     async def complete(self, call: Call) -> bytes:
         """The whole answer in one piece, as the backend's JSON. Raises: as `generate`."""
-        async with self._exchange(call, self._body(call, stream=False, interval=None)) as connection:
+        connection = await self._send(call, self._body(call, stream=False, interval=None))
+        try:
+            await self._check_status(connection)
             return await connection.read_all(MAX_ANSWER_BYTES)
+        finally:
+            connection.release()
 
     async def embed(self, fields: dict[str, msgspec.Raw], trace: tuple[tuple[bytes, bytes], ...]) -> bytes:
         """Pass an embedding request on. Raises: as `generate`."""
@@ -106,14 +113,8 @@ class HttpBackend:
         """Close every connection."""
         self.pool.close()
 
-    @asynccontextmanager
-    async def _exchange(self, call: Call, body: bytes) -> AsyncIterator[Connection]:
-        connection = await self.pool.send(PATHS[call.surface], body, extra_headers=call.trace_headers)
-        try:
-            await self._check_status(connection)
-            yield connection
-        finally:
-            connection.release()
+    async def _send(self, call: Call, body: bytes) -> Connection:
+        return await self.pool.send(PATHS[call.surface], body, extra_headers=call.trace_headers)
 
     async def _check_status(self, connection: Connection) -> None:
         status = connection.status

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -95,8 +95,7 @@ class Usage(msgspec.Struct, kw_only=True):
     reasoning_tokens: int | None = None
 
 
-@dataclass(slots=True)
-class Delta:
+class Delta(msgspec.Struct):
     """What arrived for one choice.
 
     Attributes:
@@ -107,10 +106,10 @@ class Delta:
         answer: answer tokens in this delta (tool-call and end-of-sequence tokens too).
         injected: marker and forced tokens in this delta.
         token_ids: ids of all those tokens, in order; empty if the backend gives none.
-        logprobs: JSON in chat or completions shape, for this delta's tokens.
-        tool_calls: JSON list of OpenAI tool-call deltas.
+        logprobs: in chat or completions shape, for this delta's tokens; objects or `msgspec.Raw`.
+        tool_calls: list of OpenAI tool-call deltas, likewise.
         finish_reason: set once per choice, by its last delta.
-        stop_reason: JSON: the stop string or token id that ended it, as vLLM reports it.
+        stop_reason: the stop string or token id that ended it, as vLLM reports it.
         capped: the cap ended this choice's thinking (said once, by the delta where it happened).
         usage: set by the very last delta of the call (index is then meaningless).
         prompt_tokens: length of the rendered prompt, said once, by backends that know it early.
@@ -125,11 +124,11 @@ class Delta:
     thinking: int = 0
     answer: int = 0
     injected: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: msgspec.Raw | None = None
-    tool_calls: msgspec.Raw | None = None
+    token_ids: list[int] = []
+    logprobs: Any = None
+    tool_calls: Any = None
     finish_reason: str | None = None
-    stop_reason: msgspec.Raw | None = None
+    stop_reason: Any = None
     capped: bool = False
     usage: Usage | None = None
     prompt_tokens: int = 0

@@ -22,7 +22,6 @@ from gateway.backends.events import (
     cut_prompt_ids,
     cut_token_ids,
     decode_chunk,
-    present,
 )
 from gateway.backends.markers import MarkerSplitter
 from gateway.backends.port import Call, Delta, Kind, Usage
@@ -99,6 +98,8 @@ class StreamReader:
 
     def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
         state = self._choices.get(choice.index) or self._new_choice(choice.index)
+        if state.splitter is None and choice.finish_reason is None and self._ordinary(state, choice, wire, out):
+            return
         body = choice.delta or DeltaBody(content=choice.text)
         thinking_text = body.reasoning or body.reasoning_content or ""
         answer_text = body.content or ""
@@ -115,10 +116,10 @@ class StreamReader:
             answer=split.answer,
             injected=split.injected,
             token_ids=choice.token_ids or [],
-            logprobs=present(choice.logprobs),
-            tool_calls=present(body.tool_calls),
+            logprobs=choice.logprobs,
+            tool_calls=body.tool_calls,
             finish_reason=choice.finish_reason,
-            stop_reason=present(choice.stop_reason),
+            stop_reason=choice.stop_reason,
             capped=state.meter is not None and state.meter.capped and not capped_before,
             wire=wire,
         )
@@ -133,6 +134,24 @@ class StreamReader:
         else:
             self._settle_kind(chunk, delta, split, was_open, role=body.role)
             out.append(delta)
+
+    def _ordinary(self, state: _Choice, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> bool:
+        """The fast path: one token that is no marker, its text in the field it belongs to."""
+        ids, body, meter = choice.token_ids, choice.delta, state.meter
+        if ids is None or len(ids) != 1 or body is None or meter is None or not wire:
+            return False
+        text = body.reasoning if meter.is_open else body.content
+        if not text or body.tool_calls is not None or not meter.feed_plain(ids[0]):
+            return False
+        if not self._call.wants_token_ids:
+            wire = cut_token_ids(wire)
+        index, logprobs = choice.index, choice.logprobs
+        if meter.is_open:
+            delta = Delta(index, Kind.THINKING, text, 1, 0, 0, ids, logprobs, wire=wire)
+        else:
+            delta = Delta(index, Kind.ANSWER, text, 0, 1, 0, ids, logprobs, wire=wire)
+        out.append(delta)
+        return True
 
     def _settle_kind(self, chunk: ChunkBody, delta: Delta, split: Split, was_open: bool, role: str | None) -> None:
         """Silence empty events; move text that a parser put into the wrong field, going by its tokens."""
@@ -184,7 +203,7 @@ class StreamReader:
             return Split()
         if thinking_text:
             return Split(thinking=1)
-        has_more = bool(answer_text) or (choice.delta is not None and present(choice.delta.tool_calls) is not None)
+        has_more = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
         return Split(answer=1) if has_more else Split()
 
     def _new_choice(self, index: int) -> _Choice:

@@ -19,7 +19,8 @@ from gateway.errors import DeadlinePassed
 
 if TYPE_CHECKING:
     from budget.envelope import Envelope
-    from budget.ledger import Hold
+    from budget.ledger import Amounts, Hold
+    from budget.tokens import TokenCounts
     from gateway.backends.port import Call
     from gateway.models import Model, Slot
     from gateway.tally import Tally
@@ -44,6 +45,8 @@ class Run:
         ended_by: the bound that ended it early, or None.
         overrun: thinking tokens a backend sent beyond the cap.
         finished: choices that have a finish_reason.
+        counts: tokens by kind, once the books are closed.
+        settled: the same in the ledger's units.
     """
 
     model: Model
@@ -58,10 +61,21 @@ class Run:
     ended_by: str | None = None
     overrun: int = 0
     finished: set[int] = field(default_factory=set)
+    counts: TokenCounts | None = None
+    settled: Amounts | None = None
+
 
     def report(self) -> None:
         """Tell the hold what was used so far."""
         self.hold.report(self.tally.amounts(self.tally.counts()))
+
+    def close_books(self) -> tuple[TokenCounts, Amounts]:
+        """Final counts, reported to the hold; further calls return the same."""
+        if self.counts is None or self.settled is None:
+            self.counts = self.tally.counts()
+            self.settled = self.tally.amounts(self.counts)
+            self.hold.report(self.settled)
+        return self.counts, self.settled
 
     def end(self, why: str) -> list[Delta]:
         """The finish of every choice that has none yet: cut short."""
@@ -79,7 +93,7 @@ async def placed(run: Run) -> AsyncIterator[list[Delta]]:
     tried: list[Slot] = []
     while True:
         slot = run.slot = run.model.choose(without=tried)
-        with slot.counted() as backend:
+        with slot as backend:
             try:
                 if isinstance(backend, HttpBackend):
                     batches = backend.generate(run.call, is_live=run.is_live)

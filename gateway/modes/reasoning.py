@@ -85,7 +85,7 @@ def _filter(run: Run, filters: list[StopFilter], delta: Delta) -> bool:
     delta.text = text
     if stop.hit is not None:
         delta.finish_reason = "stop"
-        delta.stop_reason = msgspec.Raw(msgspec.json.encode(stop.hit))
+        delta.stop_reason = stop.hit
         run.finished.add(delta.index)
     if delta.wire:
         delta.wire = _with_text(delta)

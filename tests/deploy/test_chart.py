@@ -153,21 +153,32 @@ def test_existing_secret_is_used_instead_of_a_new_one():
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "rolls"),
     [
-        {"config": {"routing": {"default_mode": "instant"}}},
-        {"secret": {"values": {"THINKGATE_KEY_APP": "rotated-secret"}}},
+        ({"config": {"routing": {"default_mode": "instant"}}}, False),
+        ({"config": {"server": {"timeouts": {"total_s": 60}}}}, True),
+        ({"secret": {"values": {"THINKGATE_KEY_APP": "rotated-secret"}}}, True),
     ],
 )
-def test_a_changed_configuration_or_secret_rolls_the_pods(changed):
-    """The pod template's annotations change with the file and with the keys."""
+def test_pods_roll_only_for_what_a_running_gateway_cannot_take_up(changed, rolls):
+    """A new secret or server section replaces the pods; the rest of the file is reloaded in place."""
 
     def annotations(values):
         return of_kind(render(values), "Deployment")["spec"]["template"]["metadata"]["annotations"]
 
     before = values_of("minimal")
     after = {**before, **{name: {**before[name], **part} for name, part in changed.items()}}
-    assert annotations(before) != annotations(after)
+    assert (annotations(before) != annotations(after)) is rolls
+
+
+def test_configuration_is_mounted_as_a_folder():
+    """The file is not mounted by subPath, which would hide every later change from the gateway."""
+    mounts = pod_of(render(values_of("minimal")))["containers"][0]["volumeMounts"]
+    assert next(mount for mount in mounts if mount["name"] == "config") == {
+        "name": "config",
+        "mountPath": "/etc/thinkgate",
+        "readOnly": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,7 @@ def test_a_changed_configuration_or_secret_rolls_the_pods(changed):
         ("ports", {"http": 80}),
         ("service", {"type": "ExternalName"}),
         ("drainSeconds", -1),
-        ("config", {"modles": {}}),
+        ("config", {"modelz": {}}),
         ("config", {"models": {"m": {"backends": []}}}),
         ("config", {"models": {"m": {"backends": [{"id": "a", "url": "vllm:8000"}]}}}),
         ("config", {"keys": [{"id": "app", "secret": "in-the-clear"}]}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 
 from tests.e2e.processes import get
-from tests.e2e.servers import THINKING_MODEL, Gateway, Vllm, gateway_running, require, vllm_running
+from tests.e2e.servers import (
+    THINKING_MODEL,
+    Gateway,
+    StartGateway,
+    Vllm,
+    gateway_running,
+    model_config,
+    require,
+    vllm_running,
+)
 
 UPSTREAM_NAME = "smollm2"
-PRICES = {"prompt": 1.0, "cached": 0.5, "thinking": 4.0, "answer": 2.0}
-StartGateway = Callable[..., Gateway]
 
 
 @pytest.fixture(scope="session")
@@ -47,19 +54,6 @@ def vllm_config(vllm_server: Vllm) -> dict[str, Any]:
 def embedded_config(thinking_model: Path) -> dict[str, Any]:
     """A gateway's configuration with one model, `smollm2`, served by the engine in the process."""
     return model_config({"id": "embedded", "kind": "embedded", "path": str(thinking_model)})
-
-
-def model_config(backend: Mapping[str, Any], **model: Any) -> dict[str, Any]:
-    """A configuration with one priced model and small limits, to fit a window of 4096 tokens."""
-    thinking = {"default_tokens": 64, "max_tokens": 1024, "answer_floor_tokens": 8}
-    answer = {"default_tokens": 64, "max_tokens": 3000}
-    entry = {
-        "backends": [dict(backend)],
-        "thinking": thinking,
-        "answer": answer,
-        "price_usd_per_mtok": PRICES,
-    }
-    return {"models": {"smollm2": {**entry, **model}}}
 
 
 @pytest.fixture

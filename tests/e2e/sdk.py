@@ -7,8 +7,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from tests.e2e.conftest import PRICES
-from tests.e2e.servers import Gateway
+from tests.e2e.servers import PRICES, Gateway
 
 MODEL = "smollm2"
 EOS, END_THINK = 2, 16  # in the vocabulary of the thinking SmolLM2
@@ -78,8 +77,10 @@ def ask(client: OpenAI, prompt: str, *, stream: bool = False, usage: bool = True
     }
     if not stream:
         return fold_whole(client.chat.completions.create(**request))
-    options = {"include_usage": True} if usage else None
-    with client.chat.completions.create(stream=True, stream_options=options, **request) as chunks:
+    if usage:
+        request["stream_options"] = {"include_usage": True}
+    create: Any = client.chat.completions.create
+    with create(stream=True, **request) as chunks:
         return fold_stream(list(chunks), usage=usage)
 
 

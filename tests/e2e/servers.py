@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ GATEWAY_PYTHON = ROOT / ".venv/bin/python"
 VLLM_START_S = 300
 GATEWAY_START_S = 180  # the embedded engine imports torch and loads weights
 POLL_LIMIT_S = 30
+PRICES = {"prompt": 1.0, "cached": 0.5, "thinking": 4.0, "answer": 2.0}  # US dollars per million tokens
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 VLLM_FLAGS = (
@@ -117,6 +118,22 @@ class Gateway:
         """Until nothing is in flight and nothing is held."""
         for name in ("thinkgate_inflight_requests", "thinkgate_held_tokens", "thinkgate_held_nano_usd"):
             self.wait_metric(name, 0)
+
+
+StartGateway = Callable[..., Gateway]  # gateway(config, env=...): the fixture `gateway`
+
+
+def model_config(backend: Mapping[str, Any], **model: Any) -> dict[str, Any]:
+    """A configuration with one priced model and small limits, to fit a window of 4096 tokens."""
+    thinking = {"default_tokens": 64, "max_tokens": 1024, "answer_floor_tokens": 8}
+    answer = {"default_tokens": 64, "max_tokens": 3000}
+    entry = {
+        "backends": [dict(backend)],
+        "thinking": thinking,
+        "answer": answer,
+        "price_usd_per_mtok": PRICES,
+    }
+    return {"models": {"smollm2": {**entry, **model}}}
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from openai import OpenAI
 
@@ -29,7 +31,7 @@ def client(served: Gateway) -> OpenAI:
 def reason(client: OpenAI, cap: int | None, *, stream: bool = False, total: int = 120, n: int = 1) -> Answer:
     """A request in reasoning mode whose model would think for ever."""
     thinkgate = {"mode": "reasoning"} | ({} if cap is None else {"thinking_tokens": cap})
-    sampling = {"n": n, "temperature": 1.0, "seed": 7} if n > 1 else {}
+    sampling: dict[str, Any] = {"n": n, "temperature": 1.0, "seed": 7} if n > 1 else {}
     return ask(
         client,
         QUESTION,

@@ -1,0 +1,257 @@
+"""The backend in this process: a small engine on a thread of its own, behind the port.
+
+Owns: the way between the event loop and the engine's thread, and the translation of the engine's errors.
+torch is imported when the model is loaded, not before. The engine runs one request at a time and queues
+the rest by priority.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from gateway.backends.embedded_fields import read_call
+from gateway.backends.embedded_shapes import DeltaShaper
+from gateway.backends.port import Call, Capabilities, Delta, Thinking
+from gateway.errors import GatewayError, InvalidRequest, Overloaded, UpstreamError
+from kernels.errors import EngineClosed, KernelError, ModelUnusable, QueueFull, RequestRefused
+from kernels.params import Failed, Finished
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from gateway.config import ThinkingConfig
+    from kernels.engine import Engine
+    from kernels.params import Event, GenerationRequest, Output
+
+PROBE_CAP = 4
+PROBE_MESSAGES = [{"role": "user", "content": "Think step by step: how much is 17 + 25?"}]
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "ping", "parameters": {"type": "object", "additionalProperties": False}},
+}
+
+
+class EmbeddedBackend:
+    """One model in this process.
+
+    Nothing is loaded before the first `probe`; until then `generate` answers Overloaded.
+
+    Args:
+        id: what clients and metrics may see.
+        path: a Hugging Face folder or id.
+        thinking: the model's markers and whether it thinks by itself, for the probe.
+        on_progress: takes a line per step of loading, on another thread.
+        max_waiting: requests that may wait for the one that runs.
+        device: a torch device; `auto` takes a GPU if there is one.
+        max_model_len: context window in tokens; None for the model's own.
+        engine: a ready engine; then `path` is only a name.
+    """
+
+    kind = "embedded"
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        path: str,
+        thinking: ThinkingConfig | Thinking | None = None,
+        on_progress: Callable[[str], None] = lambda line: None,
+        max_waiting: int = 64,
+        device: str = "auto",
+        max_model_len: int | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        self.id = id
+        self._path = path
+        self._thinking = thinking or Thinking(enabled=True, cap=PROBE_CAP)
+        self._on_progress = on_progress
+        self._max_waiting = max_waiting
+        self._device = device
+        self._max_model_len = max_model_len
+        self._engine = engine
+        self._loading = asyncio.Lock()
+        self._is_closed = False
+
+    @classmethod
+    async def load(
+        cls,
+        *,
+        id: str,
+        path: str,
+        on_progress: Callable[[str], None] = lambda line: None,
+        thinking: ThinkingConfig | Thinking | None = None,
+        max_waiting: int = 64,
+        device: str = "auto",
+        max_model_len: int | None = None,
+    ) -> Self:
+        """A backend whose model is in memory. Raises: UpstreamError if it cannot be loaded."""
+        backend = cls(
+            id=id,
+            path=path,
+            thinking=thinking,
+            on_progress=on_progress,
+            max_waiting=max_waiting,
+            device=device,
+            max_model_len=max_model_len,
+        )
+        await backend._ready()
+        return backend
+
+    async def generate(self, call: Call) -> AsyncIterator[list[Delta]]:
+        """Run `call`; closing the iterator frees the engine at the next token, or the place in the queue.
+
+        Raises: InvalidRequest, Overloaded, UpstreamError.
+        """
+        engine = self._engine
+        if engine is None:
+            raise Overloaded("The model is still being loaded: try again soon.", retry_after_s=5.0)
+        request = await asyncio.to_thread(self._compose, engine, call)
+        shaper = DeltaShaper(
+            call.surface,
+            engine.model.tokens.bytes_of,
+            [prompt.token_ids for prompt in request.prompts],
+            n=call.n,
+            wants_token_ids=call.wants_token_ids,
+        )
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Event] = asyncio.Queue()
+        try:
+            ticket = engine.submit(
+                request, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event) and None
+            )
+        except KernelError as exc:
+            raise _as_gateway_error(exc) from exc
+        try:
+            while True:
+                events = [await inbox.get()]
+                while not inbox.empty():
+                    events.append(inbox.get_nowait())
+                outputs: list[Output] = [e for e in events if not isinstance(e, (Finished, Failed))]
+                deltas = [shaper.delta(output) for output in outputs]
+                last = events[-1]
+                if isinstance(last, Finished):
+                    deltas.append(shaper.last(last))
+                if deltas:
+                    yield deltas
+                if isinstance(last, Failed):
+                    raise _as_gateway_error(last.error) from last.error
+                if isinstance(last, Finished):
+                    return
+        finally:
+            ticket.cancel()
+
+    async def probe(self) -> Capabilities:
+        """Load the model if that was not done, then measure with three short calls.
+
+        Raises: UpstreamError when the model cannot be loaded or does not generate.
+        """
+        engine = await self._ready()
+        thinking = self._thinking
+        rules = Thinking(
+            enabled=True,
+            cap=PROBE_CAP,
+            start=thinking.start,
+            end=thinking.end,
+            native=thinking.native,
+        )
+        ask = {"messages": PROBE_MESSAGES, "temperature": 0}
+        with_tools = {**ask, "tools": [PROBE_TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+        try:
+            plain = await self._collect("chat", ask, rules, max_tokens=24)
+            tools = await self._collect("chat", with_tools, rules, max_tokens=96)
+            ids = next((delta.token_ids for delta in plain if delta.token_ids), [0])
+            off = Thinking(enabled=False, cap=0, native=False)
+            taken = await self._collect("completions", {"prompt": ids}, off, max_tokens=1)
+        except GatewayError as exc:
+            raise UpstreamError(f"The embedded model does not generate: {exc.message}") from exc
+        thought = sum(delta.thinking for delta in plain)
+        calls = any(delta.tool_calls is not None for delta in tools)
+        return Capabilities(
+            cap_binds=_binds(plain),
+            cap_binds_with_tools=_binds(tools),
+            thinking_field="reasoning" if thought else None,
+            token_ids_in=any(delta.token_ids for delta in taken),
+            token_ids_out=any(delta.token_ids for delta in plain),
+            cached_tokens=any(delta.usage is not None for delta in plain),
+            tools=calls,
+            max_model_len=engine.model.max_len,
+            detail={
+                "cap_binds": f"{thought} thinking tokens under a cap of {PROBE_CAP}",
+                "tools": "a required call came back" if calls else "no call came back",
+                "cached_tokens": "always 0: no prefix cache",
+            },
+        )
+
+    async def close(self) -> None:
+        """Abort what runs and end the engine's thread."""
+        self._is_closed = True
+        async with self._loading:
+            if self._engine is not None:
+                await asyncio.to_thread(self._engine.close)
+
+    async def _ready(self) -> Engine:
+        """The engine, loaded once. Raises: UpstreamError."""
+        async with self._loading:
+            if self._is_closed:
+                raise UpstreamError("The embedded backend is closed.")
+            if self._engine is None:
+                try:
+                    self._engine = await asyncio.to_thread(self._load)
+                except (ModelUnusable, ImportError) as exc:
+                    raise UpstreamError(f"The embedded model cannot be loaded: {exc}") from exc
+            return self._engine
+
+    def _load(self) -> Engine:
+        """Blocking part of loading: seconds to minutes."""
+        from kernels.engine import Engine  # noqa: PLC0415 - torch only where a model is served from here
+
+        return Engine.load(
+            self._path,
+            say=self._on_progress,
+            device=self._device,
+            max_len=self._max_model_len,
+            max_waiting=self._max_waiting,
+        )
+
+    @staticmethod
+    def _compose(engine: Engine, call: Call) -> GenerationRequest:
+        """Fields to a request: renders and tokenises, so it runs off the event loop."""
+        given, options = read_call(call, engine.defaults)
+        try:
+            return engine.compose(given, options)
+        except RequestRefused as exc:
+            raise _as_gateway_error(exc) from exc
+
+    async def _collect(
+        self, surface: str, fields: dict[str, object], thinking: Thinking, *, max_tokens: int
+    ) -> list[Delta]:
+        """All deltas of a probing call."""
+        call = Call(
+            surface="chat" if surface == "chat" else "completions",
+            request_id=f"probe-{self.id}",
+            model=self._path,
+            fields={name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()},
+            thinking=thinking,
+            max_tokens=max_tokens,
+        )
+        return [delta async for deltas in self.generate(call) for delta in deltas]
+
+
+def _binds(deltas: list[Delta]) -> bool | None:
+    """Whether the cap ended the thinking at the cap; None if the model did not think that long."""
+    thought = sum(delta.thinking for delta in deltas)
+    if thought > PROBE_CAP:
+        return False
+    return True if any(delta.capped for delta in deltas) else None
+
+
+def _as_gateway_error(error: KernelError) -> GatewayError:
+    """What a client sees of an engine's error."""
+    if isinstance(error, RequestRefused):
+        return InvalidRequest(error.message, param=error.param, code=error.code)
+    if isinstance(error, (QueueFull, EngineClosed)):
+        return Overloaded(f"The embedded engine takes no more requests: {error}.")
+    return UpstreamError(f"The embedded engine failed: {error}.")

@@ -1,0 +1,138 @@
+"""The engine's outputs as the port's deltas.
+
+Owns: logprobs in the chat and the completions shape, tool-call deltas, and the numbers of the port.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway.backends.port import Delta, Kind, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gateway.backends.port import Surface
+    from kernels.params import CallPart, Finished, Output, Token
+
+# JSON has no infinity; vLLM reports an impossible token so.
+IMPOSSIBLE = -9999.0
+
+
+class DeltaShaper:
+    """Shapes the outputs of one call.
+
+    Args:
+        surface: decides the shape of logprobs.
+        bytes_of: all bytes of a token.
+        prompts: token ids of each prompt.
+        n: choices per prompt.
+        wants_token_ids: report the prompts' ids.
+    """
+
+    def __init__(
+        self,
+        surface: Surface,
+        bytes_of: Callable[[int], bytes],
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        n: int,
+        wants_token_ids: bool,
+    ) -> None:
+        self._surface = surface
+        self._bytes_of = bytes_of
+        self._prompts = prompts
+        self._n = n
+        self._wants_token_ids = wants_token_ids
+        self._told: set[int] = set()
+        self._offsets: dict[int, int] = {}
+
+    def delta(self, output: Output) -> Delta:
+        """One output."""
+        delta = Delta(
+            index=output.index,
+            kind=Kind(output.kind),
+            text=output.text,
+            thinking=output.thinking,
+            answer=output.answer,
+            injected=output.injected,
+            token_ids=[token.id for token in output.tokens],
+            finish_reason=output.finish_reason,
+            capped=output.capped,
+        )
+        if output.calls:
+            delta.tool_calls = _raw([_call(part) for part in output.calls])
+        if output.stop_reason is not None:
+            delta.stop_reason = _raw(output.stop_reason)
+        if output.tokens and output.tokens[0].logprob is not None:
+            shape = self._chat_logprobs if self._surface == "chat" else self._completion_logprobs
+            delta.logprobs = _raw(shape(output))
+        if not self._told:
+            delta.prompt_tokens = sum(map(len, self._prompts))
+        prompt = output.index // self._n
+        if prompt not in self._told:
+            self._told.add(prompt)
+            if self._wants_token_ids:
+                delta.prompt_token_ids = list(self._prompts[prompt])
+        return delta
+
+    def last(self, finished: Finished) -> Delta:
+        """The end of the call."""
+        usage = Usage(
+            prompt_tokens=finished.prompt_tokens,
+            completion_tokens=finished.completion_tokens,
+            cached_tokens=0,
+            reasoning_tokens=finished.reasoning_tokens,
+        )
+        return Delta(usage=usage)
+
+    def _chat_logprobs(self, output: Output) -> dict[str, Any]:
+        return {"content": [self._chat_entry(token) for token in output.tokens]}
+
+    def _chat_entry(self, token: Token) -> dict[str, Any]:
+        logprob = token.logprob
+        assert logprob is not None
+        top = [self._named(token_id, value) for token_id, value in logprob.top]
+        return {**self._named(token.id, logprob.chosen), "top_logprobs": top}
+
+    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
+        written = self._bytes_of(token_id)
+        return {
+            "token": written.decode("utf-8", "replace"),
+            "logprob": max(logprob, IMPOSSIBLE),
+            "bytes": list(written),
+        }
+
+    def _completion_logprobs(self, output: Output) -> dict[str, Any]:
+        shape: dict[str, list[Any]] = {
+            "text_offset": [],
+            "token_logprobs": [],
+            "tokens": [],
+            "top_logprobs": [],
+        }
+        offset = self._offsets.get(output.index, 0)
+        for token in output.tokens:
+            entry = self._chat_entry(token)
+            top = {each["token"]: each["logprob"] for each in entry["top_logprobs"]}
+            shape["text_offset"].append(offset)
+            shape["token_logprobs"].append(entry["logprob"])
+            shape["tokens"].append(entry["token"])
+            # The token that came is always listed, however unlikely it was.
+            shape["top_logprobs"].append({entry["token"]: entry["logprob"], **top})
+            offset += len(entry["token"])
+        self._offsets[output.index] = offset
+        return shape
+
+
+def _call(part: CallPart) -> dict[str, Any]:
+    """A piece of a tool call as OpenAI streams it."""
+    if part.name is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": part.id, "type": "function", "function": function}
+
+
+def _raw(value: object) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
