@@ -142,9 +142,7 @@ class ThinkingMeter:
 
     __slots__ = ("_slack", "answer", "cap", "capped", "end_id", "injected", "is_open", "start_id", "thinking")
 
-    def __init__(
-        self, start_id: int, end_id: int, *, cap: int | None, is_open: bool = False, slack: int = 0
-    ) -> None:
+    def __init__(self, start_id: int, end_id: int, *, cap: int | None, is_open: bool = False, slack: int = 0) -> None:
         self.start_id = start_id
         self.end_id = end_id
         self.cap = cap
@@ -155,7 +153,7 @@ class ThinkingMeter:
 
     def feed_plain(self, token_id: int) -> bool:
         """Count one token if it is no marker; False, and nothing counted, if it is."""
-        if token_id == self.end_id or token_id == self.start_id:
+        if token_id in (self.end_id, self.start_id):
             return False
         if self.is_open:
             self.thinking += 1

@@ -26,9 +26,7 @@ class HoldRefused(BudgetError):
         retry_after_s: when a retry may succeed; None if it never will.
     """
 
-    def __init__(
-        self, message: str, *, scope: str, unit: str, kind: Refusal, retry_after_s: float | None
-    ) -> None:
+    def __init__(self, message: str, *, scope: str, unit: str, kind: Refusal, retry_after_s: float | None) -> None:
         super().__init__(message)
         self.scope = scope
         self.unit = unit

@@ -116,9 +116,7 @@ class MemoryLedger:
 
     def held(self) -> Amounts:
         """Everything held now."""
-        return Amounts(
-            tokens=self._held_tokens, thinking_tokens=self._held_thinking, nano_usd=self._held_nano_usd
-        )
+        return Amounts(tokens=self._held_tokens, thinking_tokens=self._held_thinking, nano_usd=self._held_nano_usd)
 
     async def close(self) -> None:
         """Nothing is pending in memory."""
@@ -146,9 +144,7 @@ class MemoryLedger:
         self._count(ceiling, 1)
         return accounts
 
-    def settle(
-        self, accounts: Sequence[_Account], windows: Sequence[int], ceiling: Amounts, used: Amounts
-    ) -> None:
+    def settle(self, accounts: Sequence[_Account], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
         """Replace the hold by actual use in the windows it was taken in; overrun becomes debt."""
         self._count(ceiling, -1)
         if not accounts:

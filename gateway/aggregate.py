@@ -101,9 +101,7 @@ class Aggregator:
                 message["reasoning_content"] = thinking
         if choice.tool_calls:
             message["tool_calls"] = [call for _, call in sorted(choice.tool_calls.items())]
-        return self._with_end(
-            {"index": index, "message": message, "logprobs": choice.logprobs or None}, choice
-        )
+        return self._with_end({"index": index, "message": message, "logprobs": choice.logprobs or None}, choice)
 
     def _text_choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         return self._with_end(
@@ -120,16 +118,14 @@ class Aggregator:
         return shaped
 
 
-def _objects(json: Any) -> Any:
+def _objects(json: Any) -> Any:  # noqa: ANN401  # JSON is of any type
     return msgspec.json.decode(json) if isinstance(json, msgspec.Raw) else json
 
 
 def _merge_tool_calls(known: dict[int, dict[str, Any]], parts: list[dict[str, Any]]) -> None:
     for part in parts:
         index = part.get("index", 0)
-        call = known.setdefault(
-            index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
-        )
+        call = known.setdefault(index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
         call["id"] = part.get("id") or call["id"]
         function = part.get("function") or {}
         call["function"]["name"] += function.get("name") or ""

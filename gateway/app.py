@@ -119,7 +119,7 @@ class Gateway(FastAPI):
         except ClientGone:
             record.ended_by = "disconnect"
         finally:
-            record.publish(self.metrics, self.lines)
+            record.publish(self.metrics, self.lines, now_s=time.time())
 
     def epoch_s(self) -> int:
         """Seconds since 1970, refreshed once a second."""
@@ -191,8 +191,7 @@ class Gateway(FastAPI):
 
 
 async def _close_when_idle(slot: Slot) -> None:
-    while slot.in_flight:
-        await asyncio.sleep(SWEEP_S)
+    await slot.drained()
     await slot.backend.close()
 
 

@@ -22,7 +22,9 @@ async def check(config: Config, out: TextIO) -> int:
     Raises: ConfigError when a secret or credential is missing.
     """
     Keyring(config, secret_sha256s(config))
-    rows, remarks, failed = [HEAD], [], False
+    rows: list[tuple[str, ...]] = [HEAD]
+    remarks: list[str] = []
+    failed = False
     for model in build_models(config).values():
         for slot in model.slots:
             name = f"{model.name}/{slot.config.id}"

@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    overrides = {name: getattr(options, name) for name in ("host", "port", "workers") if getattr(options, name) is not None}
+    overrides = {
+        name: getattr(options, name) for name in ("host", "port", "workers") if getattr(options, name) is not None
+    }
     config = load_config(options.config, overrides=overrides, embedded_path=options.model)
     for key in config.not_built_yet():
         log.warning("configuration key has no effect yet", extra={"key": key})

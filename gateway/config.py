@@ -27,7 +27,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-
 class Metrics(Section):
     """Where Prometheus scrapes; never the public port."""
 
@@ -107,7 +106,7 @@ class ThinkingConfig(Section):
     wrap_up: str = "\n\nTime is up: I answer with what I have.\n"
     native: bool = True
     enforce: Literal["auto", "native", "two_phase"] = "auto"
-    off: dict[str, object] = Field(default_factory=lambda: {"chat_template_kwargs": {"enable_thinking": False}})
+    off: dict[str, object] = {"chat_template_kwargs": {"enable_thinking": False}}
 
     @field_validator("enforce")
     @classmethod
@@ -338,11 +337,7 @@ class Config(Section):
         """Keys that validate but have no effect in this version; said at the start and by `check`."""
         inert = []
         for name, model in self.models.items():
-            inert += [
-                f"models.{name}.{key}"
-                for key in ("planner", "fallback", "architecture")
-                if getattr(model, key)
-            ]
+            inert += [f"models.{name}.{key}" for key in ("planner", "fallback", "architecture") if getattr(model, key)]
         inert += [f"keys[{i}].degrade" for i, key in enumerate(self.keys) if key.degrade]
         inert += ["search.scorers"] if self.search.scorers else []
         inert += [f"agentic.{key}" for key in ("mcp_servers", "tools") if getattr(self.agentic, key)]

@@ -158,4 +158,3 @@ class Exchange:
 
 def _too_large(limit_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"The body is larger than {limit_bytes} bytes (server.max_body_bytes).")
-

@@ -62,7 +62,7 @@ class Report(Struct, kw_only=True):
     cost_usd: float
     backend: str
     request_id: str
-    ended_by: str | None | msgspec.UnsetType = msgspec.UNSET
+    ended_by: str | msgspec.UnsetType = msgspec.UNSET
     counted: str | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -21,26 +21,29 @@ if TYPE_CHECKING:
     from gateway.config import ThinkingConfig
     from gateway.request import ChatFields, MediaUrl, RawFields
 
-CONSUMED = frozenset((
-    "model",
-    "stream",
-    "stream_options",
-    "n",
-    "max_tokens",
-    "max_completion_tokens",
-    "reasoning_effort",
-    "reasoning",
-    "thinking",
-    "thinking_config",
-    "enable_thinking",
-    "thinking_budget",
-    "thinking_token_budget",
-    "chat_template_kwargs",
-    "include_reasoning",
-    "thinkgate",
-    "return_token_ids",
-    "service_tier",
-))
+CONSUMED = frozenset(
+    (
+        "model",
+        "stream",
+        "stream_options",
+        "n",
+        "max_tokens",
+        "max_completion_tokens",
+        "reasoning_effort",
+        "reasoning",
+        "thinking",
+        "thinking_config",
+        "enable_thinking",
+        "thinking_budget",
+        "thinking_token_budget",
+        "chat_template_kwargs",
+        "include_reasoning",
+        "thinkgate",
+        "return_token_ids",
+        "service_tier",
+    )
+)
+OPENAI_KEEPS = ("service_tier", "reasoning_effort", "max_completion_tokens")
 NOT_ON_VLLM = {
     "functions": "use `tools`",
     "function_call": "use `tool_choice`",
@@ -58,9 +61,7 @@ def upstream_fields(raw: RawFields, thinking: ThinkingConfig, *, kind: str, mode
     """
     fields = {name: value for name, value in raw.items() if name not in CONSUMED}
     if kind == "openai":
-        for name in ("service_tier", "reasoning_effort", "max_completion_tokens"):
-            if name in raw:
-                fields[name] = raw[name]
+        fields.update({name: raw[name] for name in OPENAI_KEEPS if name in raw})
     elif not NOT_ON_VLLM.keys().isdisjoint(fields):
         for name in NOT_ON_VLLM.keys() & fields.keys():
             if bytes(fields[name]) not in {b"null", b"false"}:
@@ -113,9 +114,7 @@ def _check_url(url: str, param: str, allowed_hosts: Collection[str]) -> None:
     except ValueError:
         parts, host = None, None
     if parts is None or parts.scheme not in {"http", "https"} or host not in allowed_hosts or "@" in parts.netloc:
-        raise InvalidRequest(
-            f"`{param}`: media may only come as data: URLs or from server.media_hosts.", param=param
-        )
+        raise InvalidRequest(f"`{param}`: media may only come as data: URLs or from server.media_hosts.", param=param)
 
 
 def check_choices(n: int, prompts: int, max_n: int) -> None:

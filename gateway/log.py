@@ -84,7 +84,9 @@ class LineWriter:
         dropped, self._dropped = self._dropped, 0
         out = [_encoder.encode(line).decode() for line in lines]
         if dropped:
-            out.append(msgspec.json.encode({"level": "warning", "event": "log lines dropped", "count": dropped}).decode())
+            out.append(
+                msgspec.json.encode({"level": "warning", "event": "log lines dropped", "count": dropped}).decode()
+            )
         if out:
             self._stream.write("\n".join(out) + "\n")
             self._stream.flush()

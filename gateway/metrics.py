@@ -91,14 +91,10 @@ class Metrics(Collector):
         self, held: Callable[[], Amounts], in_flight: Callable[[], int], models: Callable[[], dict[str, Model]]
     ) -> None:
         self._held, self._in_flight, self._models = held, in_flight, models
-        self._requests = CounterCells(
-            "thinkgate_requests", "Requests answered.", ("route", "model", "mode", "status")
-        )
+        self._requests = CounterCells("thinkgate_requests", "Requests answered.", ("route", "model", "mode", "status"))
         self._tokens: dict[Labels, list[int]] = {}
         self._cost = CounterCells("thinkgate_cost_nano_usd", "Money settled.", ("model",))
-        self._capped = CounterCells(
-            "thinkgate_capped", "Requests whose thinking was ended by the cap.", ("model",)
-        )
+        self._capped = CounterCells("thinkgate_capped", "Requests whose thinking was ended by the cap.", ("model",))
         self._overruns = CounterCells(
             "thinkgate_cap_overruns", "Calls whose backend ignored the cap.", ("model", "backend")
         )
@@ -159,7 +155,9 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily | GaugeMetricFamily]:
         """Everything, as Prometheus sees it."""
-        yield from (cells.collect() for cells in vars(self).values() if isinstance(cells, CounterCells | HistogramCells))
+        yield from (
+            cells.collect() for cells in vars(self).values() if isinstance(cells, CounterCells | HistogramCells)
+        )
         tokens = CounterMetricFamily("thinkgate_tokens", "Tokens by kind.", labels=("model", "mode", "kind"))
         for (model, mode), cell in list(self._tokens.items()):
             for kind, count in zip(KINDS, cell, strict=True):

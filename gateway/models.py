@@ -45,6 +45,7 @@ class Slot:
         self.in_flight = 0
         self.failure = "not probed yet"
         self.suspect = asyncio.Event()
+        self._drained: asyncio.Event | None = None
 
     @property
     def is_up(self) -> bool:
@@ -67,6 +68,14 @@ class Slot:
     def __exit__(self, *_: object) -> None:
         """The call has ended."""
         self.in_flight -= 1
+        if self._drained is not None and not self.in_flight:
+            self._drained.set()
+
+    async def drained(self) -> None:
+        """Wait until no call is in flight; for a slot that gets no new ones."""
+        if self.in_flight:
+            self._drained = asyncio.Event()
+            await self._drained.wait()
 
     async def keep_up(self) -> None:
         """Probe until it is up; wait until it is suspected; for ever."""
@@ -102,9 +111,7 @@ class Model:
         self.prices = (
             PriceTable()
             if price is None
-            else PriceTable.from_usd_per_mtok(
-                price.prompt, price.answer, cached=price.cached, thinking=price.thinking
-            )
+            else PriceTable.from_usd_per_mtok(price.prompt, price.answer, cached=price.cached, thinking=price.thinking)
         )
 
     def bounds(self, key_max: int | None, total_max: int | None, answer_floor: int | None) -> Bounds:

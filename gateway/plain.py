@@ -105,10 +105,9 @@ class PlainAnswer:
             fields["choices"] = self._choices(has_thinking, wants_token_ids)
         return msgspec.json.encode(fields)
 
-    def _choices(self, has_thinking: bool, wants_token_ids: bool) -> Any:
+    def _choices(self, has_thinking: bool, wants_token_ids: bool) -> list[Any] | Raw:
         has_field = any(
-            c.message is not None and (c.message.reasoning or c.message.reasoning_content)
-            for c in self._typed.choices
+            c.message is not None and (c.message.reasoning or c.message.reasoning_content) for c in self._typed.choices
         )
         if not has_field and len(self._typed.choices) == 1 and not wants_token_ids:
             return Raw(cut_token_ids(cut_prompt_ids(bytes(self._fields["choices"]))[0]))

@@ -113,6 +113,7 @@ def prepare(
         max_tokens=max_tokens,
         n=ask.n,
         priority=ask.priority,
+        is_live=ask.stream or ask.envelope is not None,
         wants_token_ids=ask.wants_token_ids,
         trace_headers=trace,
     )

@@ -58,8 +58,8 @@ class Record:
         self._run = run
         self.ended_by = run.ended_by or self.ended_by
 
-    def publish(self, metrics: Metrics, lines: LineWriter) -> None:
-        """Count and log the request, whatever became of it."""
+    def publish(self, metrics: Metrics, lines: LineWriter, *, now_s: float) -> None:
+        """Count and log the request, whatever became of it; `now_s` is in seconds since 1970."""
         exchange, prepared, run = self._exchange, self._prepared, self._run
         seconds = time.perf_counter() - exchange.began_s
         model, mode, reason = "", "", ""
@@ -82,7 +82,7 @@ class Record:
         lines.write(
             RequestLine(
                 event="request",
-                time=time.time(),
+                time=now_s,
                 request_id=exchange.request_id,
                 route=self._route,
                 status=exchange.status,

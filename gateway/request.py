@@ -252,9 +252,7 @@ def _invalid_field(text: str) -> InvalidRequest:
     param = path.rstrip("`").lstrip(".").replace("[...]", "")
     if missing:
         param = f"{param}.{missing[1]}".lstrip(".")
-        return InvalidRequest(
-            f"`{param}` is required.", param=param, code="missing_required_parameter"
-        )
+        return InvalidRequest(f"`{param}` is required.", param=param, code="missing_required_parameter")
     if unknown:
         param = f"{param}.{unknown[1]}".lstrip(".")
         return InvalidRequest(f"`{param}` is not a known field.", param=param, code="unknown_parameter")

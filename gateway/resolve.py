@@ -151,12 +151,7 @@ def resolve_chat(fields: ChatFields, model: str, suffix: str | None) -> Ask:
         _hear_anthropic(said, fields)
     if fields.thinking_config is not None:
         _hear_gemini(said, fields)
-    if fields.enable_thinking is not None:
-        said.think("enable_thinking", fields.enable_thinking)
-    if fields.thinking_budget is not None:
-        said.cap("thinking_budget", fields.thinking_budget)
-    if fields.chat_template_kwargs:
-        _hear_template(said, fields.chat_template_kwargs)
+    _hear_qwen(said, fields)
     if fields.include_reasoning is not None:
         said.hide("include_reasoning", not fields.include_reasoning)
     total, total_field = _total(fields.max_tokens, fields.max_completion_tokens)
@@ -278,7 +273,12 @@ def _hear_gemini(said: _Said, fields: ChatFields) -> None:
         said.hide("thinking_config.include_thoughts", not config.include_thoughts)
 
 
-def _hear_template(said: _Said, kwargs: dict[str, object]) -> None:
+def _hear_qwen(said: _Said, fields: ChatFields) -> None:
+    if fields.enable_thinking is not None:
+        said.think("enable_thinking", fields.enable_thinking)
+    if fields.thinking_budget is not None:
+        said.cap("thinking_budget", fields.thinking_budget)
+    kwargs = fields.chat_template_kwargs or {}
     for name in ("enable_thinking", "thinking"):
         value = kwargs.get(name)
         if value is None:
@@ -297,9 +297,7 @@ def _total(max_tokens: int | None, max_completion_tokens: int | None) -> tuple[i
     return max_completion_tokens, "max_completion_tokens"
 
 
-def _ask(
-    fields: Common, model: str, said: _Said, total: int | None, total_field: str, *, has_tools: bool
-) -> Ask:
+def _ask(fields: Common, model: str, said: _Said, total: int | None, total_field: str, *, has_tools: bool) -> Ask:
     options, extension = fields.stream_options, fields.thinkgate
     stream = bool(fields.stream)
     if options is not None:
@@ -319,7 +317,8 @@ def _ask(
         stream=stream,
         include_usage=options is not None and bool(options.include_usage),
         exclude_thinking=said.exclude is not None and said.exclude[1],
-        both_fields=None if extension is None or extension.reasoning_field is None
+        both_fields=None
+        if extension is None or extension.reasoning_field is None
         else extension.reasoning_field == "both",
         wants_token_ids=bool(fields.return_token_ids),
         envelope=None if extension is None else _envelope(extension),

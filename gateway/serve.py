@@ -29,13 +29,14 @@ from gateway.sse import ChunkEncoder
 from gateway.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from budget.ledger import Hold
     from gateway.app import Gateway
     from gateway.auth import Key
     from gateway.backends.port import Delta, Surface
     from gateway.edge import Exchange
+    from gateway.models import Slot
     from gateway.record import Record
     from gateway.watch import Watched
 
@@ -109,7 +110,6 @@ class Answer:
                 deadline_s=None if bounds.seconds is None else exchange.began_s + bounds.seconds,
             ),
             clock=time.perf_counter,
-            is_live=ask.stream or bounds is not None,
             choices=prepared.choices,
         )
         watched.deadline_s = self._run.envelope.deadline_s
@@ -127,7 +127,7 @@ class Answer:
             self._run.close_books()
             self._record.finish(self._run)
 
-    def _deltas(self) -> AsyncIterator[list[Delta]]:
+    def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         if self._prepared.decision.mode == "instant":
             return instant(self._run)
         return reasoning(self._run, self._prepared.stops, keep_stop=self._prepared.keep_stop)
@@ -151,7 +151,7 @@ class Answer:
         await self._exchange.respond(200, [JSON, *self._headers()], rendered)
 
     async def _complete(self) -> bytes:
-        tried = []
+        tried: list[Slot] = []
         while True:
             slot = self._run.slot = self._prepared.model.choose(without=tried)
             with slot as backend:
@@ -179,7 +179,7 @@ class Answer:
         )
         waited_from = time.perf_counter()
         try:
-            async with aclosing(self._deltas()) as batches:  # type: ignore[type-var]  # always a generator
+            async with aclosing(self._deltas()) as batches:
                 async for deltas in batches:
                     aggregator.add(deltas)
         except asyncio.CancelledError:
@@ -212,7 +212,7 @@ class Answer:
         )
         waited_from = time.perf_counter()
         try:
-            async with aclosing(self._deltas()) as batches:  # type: ignore[type-var]  # always a generator
+            async with aclosing(self._deltas()) as batches:
                 async for deltas in batches:
                     if not exchange.has_started:
                         exchange.wait_s += time.perf_counter() - waited_from

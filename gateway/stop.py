@@ -27,6 +27,10 @@ class StopFilter:
         self._held = ""
         self.hit: str | None = None
 
+    def has_hit(self) -> bool:
+        """Whether a stop string was found."""
+        return self.hit is not None
+
     def feed(self, text: str, *, is_last: bool) -> str:
         """The text that is certain by now; nothing after `hit`."""
         if self.hit is not None:

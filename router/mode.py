@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["instant", "reasoning"]
+MODES: tuple[Mode, ...] = ("instant", "reasoning")
 
 
 class ModeForbidden(Exception):
@@ -64,14 +65,11 @@ def decide_mode(facts: ModeFacts) -> ModeDecision:
         if facts.allowed is not None and facts.asked not in facts.allowed:
             raise ModeForbidden(facts.asked, facts.allowed)
         return ModeDecision(facts.asked, f"asked by {facts.asked_by}")
-    if facts.allowed is not None:
-        usable = [mode for mode in ("instant", "reasoning") if mode in facts.allowed]
-        if usable == ["instant"]:
-            return ModeDecision("instant", "the key's only mode")
-        if usable == ["reasoning"]:
-            return ModeDecision("reasoning", "the key's only mode")
-        if not usable:
-            raise ModeForbidden("instant", facts.allowed)
+    usable = [mode for mode in MODES if facts.allowed is None or mode in facts.allowed]
+    if not usable:
+        raise ModeForbidden("instant", facts.allowed or ())
+    if len(usable) == 1:
+        return ModeDecision(usable[0], "the key's only mode")
     if facts.thinking_room <= 0:
         return ModeDecision("instant", "limits leave no room for thinking")
     if facts.default_mode != "auto":

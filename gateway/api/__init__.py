@@ -1,1 +1,1 @@
-
+"""The HTTP surface: routes, and the OpenAPI document that declares them."""

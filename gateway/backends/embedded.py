@@ -8,6 +8,7 @@ the rest by priority.
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -17,14 +18,14 @@ from gateway.backends.embedded_shapes import DeltaShaper
 from gateway.backends.port import Call, Capabilities, Delta, Thinking
 from gateway.errors import GatewayError, InvalidRequest, Overloaded, UpstreamError
 from kernels.errors import EngineClosed, KernelError, ModelUnusable, QueueFull, RequestRefused
-from kernels.params import Failed, Finished
+from kernels.params import Failed, Finished, Output
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from gateway.config import ThinkingConfig
     from kernels.engine import Engine
-    from kernels.params import Event, GenerationRequest, Output
+    from kernels.params import Event, GenerationRequest
 
 PROBE_CAP = 4
 PROBE_MESSAGES = [{"role": "user", "content": "Think step by step: how much is 17 + 25?"}]
@@ -58,7 +59,7 @@ class EmbeddedBackend:
         id: str,
         path: str,
         thinking: ThinkingConfig | Thinking | None = None,
-        on_progress: Callable[[str], None] = lambda line: None,
+        on_progress: Callable[[str], None] | None = None,
         max_waiting: int = 64,
         device: str = "auto",
         max_model_len: int | None = None,
@@ -67,7 +68,7 @@ class EmbeddedBackend:
         self.id = id
         self._path = path
         self._thinking = thinking or Thinking(enabled=True, cap=PROBE_CAP)
-        self._on_progress = on_progress
+        self._on_progress = on_progress or _say_nothing
         self._max_waiting = max_waiting
         self._device = device
         self._max_model_len = max_model_len
@@ -81,7 +82,7 @@ class EmbeddedBackend:
         *,
         id: str,
         path: str,
-        on_progress: Callable[[str], None] = lambda line: None,
+        on_progress: Callable[[str], None] | None = None,
         thinking: ThinkingConfig | Thinking | None = None,
         max_waiting: int = 64,
         device: str = "auto",
@@ -116,21 +117,9 @@ class EmbeddedBackend:
             n=call.n,
             wants_token_ids=call.wants_token_ids,
         )
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Event] = asyncio.Queue()
-        try:
-            ticket = engine.submit(
-                request, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event) and None
-            )
-        except KernelError as exc:
-            raise _as_gateway_error(exc) from exc
-        try:
-            while True:
-                events = [await inbox.get()]
-                while not inbox.empty():
-                    events.append(inbox.get_nowait())
-                outputs: list[Output] = [e for e in events if not isinstance(e, (Finished, Failed))]
-                deltas = [shaper.delta(output) for output in outputs]
+        async with aclosing(_events(engine, request)) as batches:
+            async for events in batches:
+                deltas = [shaper.delta(event) for event in events if isinstance(event, Output)]
                 last = events[-1]
                 if isinstance(last, Finished):
                     deltas.append(shaper.last(last))
@@ -138,10 +127,6 @@ class EmbeddedBackend:
                     yield deltas
                 if isinstance(last, Failed):
                     raise _as_gateway_error(last.error) from last.error
-                if isinstance(last, Finished):
-                    return
-        finally:
-            ticket.cancel()
 
     async def probe(self) -> Capabilities:
         """Load the model if that was not done, then measure with three short calls.
@@ -160,7 +145,7 @@ class EmbeddedBackend:
         ask = {"messages": PROBE_MESSAGES, "temperature": 0}
         with_tools = {**ask, "tools": [PROBE_TOOL], "tool_choice": "required", "parallel_tool_calls": False}
         try:
-            plain = await self._collect("chat", ask, rules, max_tokens=24)
+            plain = await self._collect("chat", ask, rules, max_tokens=16)
             tools = await self._collect("chat", with_tools, rules, max_tokens=96)
             ids = next((delta.token_ids for delta in plain if delta.token_ids), [0])
             off = Thinking(enabled=False, cap=0, native=False)
@@ -238,6 +223,38 @@ class EmbeddedBackend:
             max_tokens=max_tokens,
         )
         return [delta async for deltas in self.generate(call) for delta in deltas]
+
+
+def _say_nothing(line: str) -> None:
+    """Progress that nobody listens to."""
+
+
+async def _events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[list[Event]]:
+    """The engine's events, those together that arrived together; closing it cancels the request.
+
+    Raises: Overloaded.
+    """
+    loop = asyncio.get_running_loop()
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+
+    def deliver(event: Event) -> None:
+        """Runs on the engine's thread."""
+        loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+    try:
+        ticket = engine.submit(request, deliver)
+    except KernelError as exc:
+        raise _as_gateway_error(exc) from exc
+    try:
+        is_over = False
+        while not is_over:
+            events = [await inbox.get()]
+            while not inbox.empty():
+                events.append(inbox.get_nowait())
+            is_over = not isinstance(events[-1], Output)
+            yield events
+    finally:
+        ticket.cancel()
 
 
 def _binds(deltas: list[Delta]) -> bool | None:

@@ -269,7 +269,5 @@ def _schema(response_format: _JsonObject | None) -> _JsonObject | None:
     schema = response_format.get("json_schema")
     schema = schema.get("schema") if isinstance(schema, dict) else None
     if not isinstance(schema, dict):
-        raise InvalidRequest(
-            "`response_format.json_schema.schema` must be an object.", param="response_format"
-        )
+        raise InvalidRequest("`response_format.json_schema.schema` must be an object.", param="response_format")
     return schema

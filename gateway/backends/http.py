@@ -38,8 +38,8 @@ class Connection(asyncio.Protocol):
         "_error",
         "_head_done",
         "_keep_alive",
-        "_lost",
         "_loop",
+        "_lost",
         "_parser",
         "_paused",
         "_pool",
@@ -89,7 +89,7 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         self._wake()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         """Fail the exchange, unless it was complete."""
         self._lost = True
         if not self.done and self._error is None:

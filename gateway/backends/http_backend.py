@@ -6,7 +6,7 @@ reading streams (reader.py), measuring capabilities (probe.py).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -46,7 +46,7 @@ class HttpBackend:
         timeouts: Timeouts,
     ) -> None:
         self.id = config.id
-        self.kind = config.kind
+        self.kind: str = config.kind
         self.upstream_model = upstream_model
         self.thinking = thinking
         headers = [("authorization", f"Bearer {api_key}")] if api_key else []
@@ -54,15 +54,9 @@ class HttpBackend:
         self.capabilities = Capabilities()
         self.markers: MarkerIds | None = None
 
-    async def generate(self, call: Call, *, is_live: bool = True) -> AsyncIterator[list[Delta]]:
-        """See the port.
-
-        Args:
-            call: what to run.
-            is_live: somebody reads along; False: events may come in larger pieces.
-        """
-        interval = None if is_live else STREAM_INTERVAL_TOKENS
-        connection = await self._send(call, self._body(call, stream=True, interval=interval))
+    async def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+        """See the port."""
+        connection = await self._send(call, self._body(call, stream=True))
         try:
             await self._check_status(connection)
             if not connection.content_type.startswith(b"text/event-stream"):
@@ -85,7 +79,7 @@ class HttpBackend:
 
     async def complete(self, call: Call) -> bytes:
         """The whole answer in one piece, as the backend's JSON. Raises: as `generate`."""
-        connection = await self._send(call, self._body(call, stream=False, interval=None))
+        connection = await self._send(call, self._body(call, stream=False))
         try:
             await self._check_status(connection)
             return await connection.read_all(MAX_ANSWER_BYTES)
@@ -138,7 +132,7 @@ class HttpBackend:
             opened=how == "inline_opened" and call.thinking.enabled,
         )
 
-    def _body(self, call: Call, *, stream: bool, interval: int | None) -> bytes:
+    def _body(self, call: Call, *, stream: bool) -> bytes:
         fields: dict[str, Any] = dict(call.fields)
         fields["model"] = call.model
         is_openai = self.kind == "openai"
@@ -151,8 +145,8 @@ class HttpBackend:
             fields["stream_options"] = {"include_usage": True}
         if self.capabilities.token_ids_out:
             fields["return_token_ids"] = True
-            if interval is not None:
-                fields["stream_interval"] = interval
+            if stream and not call.is_live:
+                fields["stream_interval"] = STREAM_INTERVAL_TOKENS
         cap = call.thinking.cap
         if cap is not None and call.surface == "chat" and self.capabilities.cap_binds:
             fields["thinking_token_budget"] = cap

@@ -7,7 +7,7 @@ wire (HTTP for vLLM and OpenAI-compatible servers, a queue for the embedded engi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
@@ -63,6 +63,7 @@ class Call:
         max_tokens: most output tokens per choice, thinking, markers and answer together.
         n: choices.
         priority: lower goes first, 0 is the default class.
+        is_live: somebody reads along; False: deltas may come in larger pieces.
         wants_token_ids: the client itself asked for `return_token_ids`.
         trace_headers: W3C trace context to forward.
     """
@@ -75,6 +76,7 @@ class Call:
     max_tokens: int
     n: int = 1
     priority: int = 0
+    is_live: bool = True
     wants_token_ids: bool = False
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
 
@@ -170,7 +172,7 @@ class Backend(Protocol):
     id: str
     kind: str
 
-    def generate(self, call: Call) -> AsyncIterator[list[Delta]]:
+    def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
         """Run `call`; closing the iterator aborts it at the backend at once.
 
         Raises: UpstreamRejected, UpstreamError, DeadlinePassed, InvalidRequest.

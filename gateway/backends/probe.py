@@ -108,7 +108,7 @@ class _Prober:
         body = {"model": self._backend.upstream_model, "prompt": [token_id], "max_tokens": 1}
         return (await self.ask("POST", "/v1/completions", body)).status == 200
 
-    async def chat(self, **more: Any) -> _Answer:
+    async def chat(self, **more: object) -> _Answer:
         """A short thinking call."""
         body: dict[str, Any] = {
             "model": self._backend.upstream_model,
@@ -168,9 +168,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
         ), markers
 
 
-async def _cap_binds(
-    prober: _Prober, markers: MarkerIds, free_thinking: int, name: str, **more: Any
-) -> bool | None:
+async def _cap_binds(prober: _Prober, markers: MarkerIds, free_thinking: int, name: str, **more: object) -> bool | None:
     """Whether a cap ends thinking that would have gone on; None when the model did not think that far."""
     capped = await prober.chat(thinking_token_budget=PROBE_CAP, **more)
     if capped.status != 200:
@@ -190,7 +188,9 @@ async def _cap_binds(
 def count_thinking(answer: _Answer, markers: MarkerIds) -> tuple[int, bool]:
     """Thinking tokens of an answer by its ids, and whether the thinking was closed."""
     prompt = answer.body.get("prompt_token_ids") or []
-    is_open = next((token == markers.start for token in reversed(prompt) if token in (markers.start, markers.end)), False)
+    is_open = next(
+        (token == markers.start for token in reversed(prompt) if token in (markers.start, markers.end)), False
+    )
     meter = ThinkingMeter(markers.start, markers.end, cap=None, is_open=is_open)
     meter.feed(answer.choice().get("token_ids") or [])
     return meter.thinking, not meter.is_open

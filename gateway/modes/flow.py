@@ -6,14 +6,13 @@ the envelope and the hold. The modes build on `flow`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from budget.errors import EnvelopeSpent
 from gateway.backends.http import UpstreamUnreachable
-from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Delta
 from gateway.errors import DeadlinePassed
 
@@ -39,7 +38,6 @@ class Run:
         hold: where use is reported.
         envelope: the request's own bounds.
         clock: monotonic seconds, as the envelope's deadline uses them.
-        is_live: the client reads along.
         choices: how many are expected.
         slot: the backend that serves it, once placed.
         ended_by: the bound that ended it early, or None.
@@ -55,7 +53,6 @@ class Run:
     hold: Hold
     envelope: Envelope
     clock: Callable[[], float]
-    is_live: bool
     choices: int = 1
     slot: Slot | None = None
     ended_by: str | None = None
@@ -63,7 +60,6 @@ class Run:
     finished: set[int] = field(default_factory=set)
     counts: TokenCounts | None = None
     settled: Amounts | None = None
-
 
     def report(self) -> None:
         """Tell the hold what was used so far."""
@@ -85,7 +81,7 @@ class Run:
         return [Delta(index=i, finish_reason="length") for i in unfinished]
 
 
-async def placed(run: Run) -> AsyncIterator[list[Delta]]:
+async def placed(run: Run) -> AsyncGenerator[list[Delta], None]:
     """The call's deltas from the best backend; another one if a backend cannot be reached.
 
     Raises: Overloaded when none can; whatever the backend raises.
@@ -95,20 +91,17 @@ async def placed(run: Run) -> AsyncIterator[list[Delta]]:
         slot = run.slot = run.model.choose(without=tried)
         with slot as backend:
             try:
-                if isinstance(backend, HttpBackend):
-                    batches = backend.generate(run.call, is_live=run.is_live)
-                else:
-                    batches = backend.generate(run.call)
-                async with aclosing(batches):  # type: ignore[type-var]  # every backend's is a generator
+                async with aclosing(backend.generate(run.call)) as batches:
                     async for deltas in batches:
                         yield deltas
-                return
             except UpstreamUnreachable as exc:
                 slot.mark_down(exc.message)
                 tried.append(slot)
+            else:
+                return
 
 
-async def flow(run: Run) -> AsyncIterator[list[Delta]]:
+async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     """As `placed`, counted, reported, and ended when the envelope or the hold is used up.
 
     Raises: DeadlinePassed when the envelope's seconds end before anything arrived.

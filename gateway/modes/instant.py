@@ -1,5 +1,7 @@
-"""Instant mode: answer at once. The template's no-think switch is in the call; thinking that still
-appears is counted as thinking and, the cap being 0, cut.
+"""Instant mode: answer at once.
+
+The template's no-think switch is in the call already; thinking that still appears is, the cap being 0,
+cut and counted as wasted.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from typing import TYPE_CHECKING
 from gateway.modes.reasoning import capped_flow
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from gateway.backends.port import Delta
     from gateway.modes.flow import Run
 
 
-def instant(run: Run) -> AsyncIterator[list[Delta]]:
+def instant(run: Run) -> AsyncGenerator[list[Delta], None]:
     """The answer's deltas. Raises: whatever the backend raises."""
     return capped_flow(run)

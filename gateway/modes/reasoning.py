@@ -15,17 +15,17 @@ from gateway.modes.flow import flow
 from gateway.stop import StopFilter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from gateway.modes.flow import Run
 
 
-def reasoning(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncIterator[list[Delta]]:
+def reasoning(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncGenerator[list[Delta], None]:
     """Thinking and answer deltas; the answer ends before the first of `stops`."""
     return stopped_flow(run, stops, keep_stop=keep_stop) if stops else capped_flow(run)
 
 
-async def capped_flow(run: Run) -> AsyncIterator[list[Delta]]:
+async def capped_flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     """As `flow`; a choice whose thinking passes the cap ends the call, and what is beyond is wasted."""
     cap = run.call.thinking.cap
     by_choice = run.tally.thinking_by_choice
@@ -55,7 +55,7 @@ def _within(run: Run, deltas: list[Delta], cap: int) -> list[Delta]:
     return kept
 
 
-async def stopped_flow(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncIterator[list[Delta]]:
+async def stopped_flow(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncGenerator[list[Delta], None]:
     """As `capped_flow`, with the answer of each choice ended at a stop string."""
     filters = [StopFilter(stops, keep=keep_stop) for _ in range(run.choices)]
     async with aclosing(capped_flow(run)) as batches:
@@ -63,7 +63,7 @@ async def stopped_flow(run: Run, stops: Sequence[str], *, keep_stop: bool) -> As
             kept = [delta for delta in deltas if _filter(run, filters, delta)]
             if kept:
                 yield kept
-            if all(stop.hit is not None for stop in filters):
+            if all(stop.has_hit() for stop in filters):
                 return
 
 
@@ -72,23 +72,19 @@ def _filter(run: Run, filters: list[StopFilter], delta: Delta) -> bool:
     if delta.usage is not None or delta.index >= len(filters):
         return True
     stop = filters[delta.index]
-    if stop.hit is not None:
+    if stop.has_hit():
         run.tally.answer -= delta.answer
         run.tally.wasted += delta.answer
         return False
-    is_answer = delta.kind is Kind.ANSWER
-    if not is_answer or not (delta.text or delta.finish_reason is not None):
-        return True
-    text = stop.feed(delta.text, is_last=delta.finish_reason is not None)
-    if text == delta.text and stop.hit is None:
-        return True
-    delta.text = text
-    if stop.hit is not None:
-        delta.finish_reason = "stop"
-        delta.stop_reason = stop.hit
-        run.finished.add(delta.index)
-    if delta.wire:
-        delta.wire = _with_text(delta)
+    is_last = delta.finish_reason is not None
+    if delta.kind is Kind.ANSWER and (delta.text or is_last):
+        text = stop.feed(delta.text, is_last=is_last)
+        if stop.has_hit():
+            delta.finish_reason, delta.stop_reason = "stop", stop.hit
+            run.finished.add(delta.index)
+        if text != delta.text or stop.has_hit():
+            delta.text = text
+            delta.wire = _with_text(delta) if delta.wire else b""
     return True
 
 

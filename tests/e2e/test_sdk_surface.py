@@ -19,6 +19,7 @@ WEATHER = {
     "function": {
         "name": "get_weather",
         "description": "The weather in a city.",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
@@ -147,6 +148,7 @@ def test_schema_holds_after_capped_thinking(client: OpenAI, stream: bool) -> Non
         stream=stream,
         response_format=schema("sum", [41, 42, 43]),
         max_completion_tokens=200,
+        logit_bias=NO_END,
         thinkgate={"mode": "reasoning", "thinking_tokens": 20},
     )
     check_accounts(answer, cap=20)
