@@ -80,8 +80,8 @@ fmt: $(VENV)/.dev ## format and fix what can be fixed
 	$(VENV)/bin/ruff check --fix-only --quiet .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.dev ## measure the claims of the README and write its table
-	$(PY) -m bench
+bench: $(VENV)/.dev ## measure the claims of the README and write its table (needs a C compiler)
+	$(PY) -m bench.table
 
 # --------------------------------------------------------------------------------------- installing
 

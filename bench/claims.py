@@ -47,9 +47,7 @@ class Claim:
         value = self.value(results)
         if value is None:
             return None
-        return (self.at_most is None or value <= self.at_most) and (
-            self.at_least is None or value >= self.at_least
-        )
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
     def shown(self, value: float | bool | None) -> str:
         """`value` in this claim's unit."""

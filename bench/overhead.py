@@ -94,6 +94,7 @@ def collect(runs: Runs) -> dict[str, Any]:
         "us_per_request": figure("ns32", "us_per_request"),
         "us_per_token": figure("gap200", "us_per_token"),
         "us_per_capped_token": figure("capped_gap200", "us_per_token"),
+        "us_per_capped_request": figure("cap32", "us_per_request"),
         "us_per_token_saturated": figure("st64", "us_per_token"),
         "us_per_capped_token_saturated": figure("capped64", "us_per_token"),
         "delivered": figure("gap200", "delivered"),
@@ -138,9 +139,7 @@ def report(found: dict[str, Any]) -> str:
         head = ["gateway", *digits, "quiet"]
         parts.append(f"### {name}: {SCENARIOS[name].title}\n\n{figures.table(head, rows)}")
     head = ["gateway", "start_s", "idle_mb", "peak_mb"]
-    rows = [
-        [name, *(figures.shown(row[key], 1) for key in head[1:])] for name, row in found["processes"].items()
-    ]
+    rows = [[name, *(figures.shown(row[key], 1) for key in head[1:])] for name, row in found["processes"].items()]
     return "\n\n".join([*parts, f"### processes\n\n{figures.table(head, rows)}"])
 
 
@@ -176,9 +175,7 @@ def plan_of(flags: argparse.Namespace) -> Plan:
 def main() -> int:
     """Measure, print, and fail if our own gateway could not be measured."""
     flags = result.parser(__doc__ or "")
-    flags.add_argument(
-        "--only", help="gateways of peers.toml, comma separated; default: ours and the usual peers"
-    )
+    flags.add_argument("--only", help="gateways of peers.toml, comma separated; default: ours and the usual peers")
     flags.add_argument("--scenarios", help=f"comma separated; default: all of {', '.join(SCENARIOS)}")
     flags.add_argument("--rounds", type=int)
     given = flags.parse_args()

@@ -29,6 +29,7 @@ BODIES = {
     "plain": PLAIN,
     "stream": {**PLAIN, "stream": True},
     "capped": {**PLAIN, "stream": True, "thinking_token_budget": CAP},
+    "plain_capped": {**PLAIN, "thinking_token_budget": CAP},
 }
 
 
@@ -45,7 +46,6 @@ class Scenario:
         think: tokens the upstream would think by itself.
         answer: answer tokens of the upstream.
         tokens: what a complete stream delivers.
-        is_ours_only: it needs a cap, which only this gateway enforces.
     """
 
     body: str
@@ -57,12 +57,11 @@ class Scenario:
     think: int = 0
     answer: int = 100
     tokens: int = 100
-    is_ours_only: bool = False
 
     @property
     def is_stream(self) -> bool:
         """Whether tokens are counted, not answers."""
-        return self.body != "plain"
+        return not self.body.startswith("plain")
 
     @property
     def offered_tokens_per_s(self) -> float | None:
@@ -78,9 +77,10 @@ class Scenario:
     def title(self) -> str:
         """One line for the head of a table."""
         if not self.is_stream:
-            return f"plain answers, {self.connections} connection(s)"
-        kind = "capped at 50" if self.body == "capped" else f"{self.think}"
-        tokens = f"{kind} thinking and {self.answer} answer tokens" if self.think else f"{self.answer} tokens"
+            kind = "plain answers with capped thinking" if self.think else "plain answers"
+            return f"{kind}, {self.connections} connection(s)"
+        capped = f"50 thinking tokens under a cap and {self.answer} answer tokens"
+        tokens = capped if self.think else f"{self.answer} tokens"
         pace = f", {self.gap_us / 1000:g} ms between tokens" if self.gap_us else ""
         return f"streams of {tokens}, {self.connections} connection(s){pace}"
 
@@ -89,6 +89,7 @@ SCENARIOS = {
     "ns1": Scenario(body="plain", connections=1, measured_s=2, answer=58),
     "ns32": Scenario(body="plain", connections=32, measured_s=3, answer=58),
     "ns128": Scenario(body="plain", connections=128, measured_s=3, answer=58),
+    "cap32": Scenario(body="plain_capped", connections=32, measured_s=3, think=200, answer=58),
     "st1": Scenario(body="stream", connections=1, measured_s=2),
     "st64": Scenario(body="stream", connections=64, measured_s=3),
     "gap200": Scenario(body="stream", connections=200, measured_s=5, warm_s=1, ramp_ms=800, gap_us=20_000),

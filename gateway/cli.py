@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import signal
 import sys
@@ -68,17 +69,22 @@ class Server(uvicorn.Server):
                 for task in running:
                     task.cancel()
 
+    def _is_ready(self) -> bool:
+        models = self._gateway.serving.models.values()
+        return self.started and all(any(slot.is_up for slot in model.slots) for model in models)
+
     async def _announce(self) -> None:
-        while not (self.started and all(any(s.is_up for s in m.slots) for m in self._gateway.serving.models.values())):
+        # Ready is a condition over all models and may change with a reload: no single event says it.
+        while not self._is_ready():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         config = self._gateway.serving.config
-        host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
-        model = next(iter(config.models))
+        url = f"http://{self.config.host}:{self.servers[0].sockets[0].getsockname()[1]}"
         auth = ' -H "Authorization: Bearer $YOUR_KEY"' if config.keys else ""
+        question = {"role": "user", "content": "Name three rivers."}
+        body = json.dumps({"model": next(iter(config.models)), "stream": True, "messages": [question]})
         sys.stderr.write(
-            f"\nthinkgate {__version__} is ready on http://{host}:{port}/v1 (models: {', '.join(config.models)})\n"
-            f"Try it:\n  curl -N http://{host}:{port}/v1/chat/completions -H 'content-type: application/json'{auth} "
-            f"""-d '{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Name three rivers."}}]}}'\n\n"""
+            f"\nthinkgate {__version__} is ready on {url}/v1 (models: {', '.join(config.models)})\nTry it:\n"
+            f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json'{auth} -d '{body}'\n\n"
         )
         sys.stderr.flush()
 

@@ -22,7 +22,8 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
     Attributes:
         tokens: most thinking tokens per choice; None: no cap could be held.
         source: `request`, `effort`, `default` or `mode` (instant).
-        enforcement: `native` (the backend ends the thinking, the gateway counts), `none`.
+        enforcement: `native` (the backend ends the thinking, the gateway counts), `switch` (instant mode
+            by the template's switch alone; what thinking still appears is cut), `none`.
         hit: it ended the thinking of some choice.
         overrun_tokens: thinking the backend sent beyond it; cut, counted as wasted.
     """

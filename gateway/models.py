@@ -91,6 +91,11 @@ class Slot:
                     log.warning("backend down", extra={"backend": self.config.id, "reason": exc.message})
                 self.failure = exc.message
                 await asyncio.sleep(PROBE_AGAIN_S)
+            except Exception as exc:  # noqa: BLE001  # a bug in one backend must not take the others down
+                log.exception("probe failed", extra={"backend": self.config.id})
+                self.capabilities = None
+                self.failure = f"{type(exc).__name__} in the gateway while probing; see its log"
+                await asyncio.sleep(PROBE_AGAIN_S * 5)
 
 
 class Model:
@@ -98,6 +103,8 @@ class Model:
 
     Attributes:
         upstream: its name at the backends.
+        kind: of all its backends.
+        thinking: how it thinks.
         prices: what its tokens cost.
     """
 
@@ -106,6 +113,11 @@ class Model:
         self.config = config
         self.upstream = config.upstream_model or name
         self.slots = slots
+        self.kind = config.backends[0].kind
+        self.thinking = config.thinking
+        if self.kind == "openai" and "off" not in config.thinking.model_fields_set:
+            # An unknown server may refuse template switches it never heard of.
+            self.thinking = config.thinking.model_copy(update={"off": {}})
         self.scope = f"model:{name}"
         price = config.price_usd_per_mtok
         self.prices = (
@@ -116,7 +128,7 @@ class Model:
 
     def bounds(self, key_max: int | None, total_max: int | None, answer_floor: int | None) -> Bounds:
         """What limits a cap on this model."""
-        thinking = self.config.thinking
+        thinking = self.thinking
         return Bounds(
             model_max=thinking.max_tokens,
             key_max=key_max,

@@ -111,7 +111,7 @@ class PlainAnswer:
         )
         if not has_field and len(self._typed.choices) == 1 and not wants_token_ids:
             return Raw(cut_token_ids(cut_prompt_ids(bytes(self._fields["choices"]))[0]))
-        choices = msgspec.json.decode(self._fields["choices"])
+        choices: list[Any] = msgspec.json.decode(self._fields["choices"])
         for choice in choices:
             if not wants_token_ids:
                 choice.pop("token_ids", None)

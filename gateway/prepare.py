@@ -66,7 +66,7 @@ class Prepared:
             self.decision.mode == "instant"
             and not self.ask.stream
             and self.ask.envelope is None
-            and self.model.config.backends[0].kind != "embedded"
+            and self.model.kind != "embedded"
         )
 
 
@@ -96,12 +96,12 @@ def prepare(
     cap_tokens = None if report.tokens is None else report.tokens
     max_tokens = _max_tokens(ask, decision.mode, cap, model)
     stops, keep_stop, raw = _own_stops(raw) if is_thinking else ((), False, raw)
-    thinking = model.config.thinking
+    thinking = model.thinking
     call = Call(
         surface=surface,
         request_id=request_id,
         model=model.upstream,
-        fields=upstream_fields(raw, thinking, kind=model.config.backends[0].kind, mode=decision.mode),
+        fields=upstream_fields(raw, thinking, kind=model.kind, mode=decision.mode),
         thinking=Thinking(
             enabled=is_thinking,
             cap=cap_tokens if is_thinking else 0,
@@ -161,8 +161,9 @@ def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config) -> ModeDecision:
 
 def _cap(ask: Ask, mode: Mode, bounds: Bounds, model: Model) -> tuple[Cap | None, CapReport]:
     """The cap, and how it will be held. Raises: InvalidRequest when an explicit one cannot be."""
+    binds, why_not = _cap_binds(model, has_tools=ask.has_tools)
     if mode == "instant":
-        return None, CapReport(tokens=0, source="mode", enforcement="native", hit=False)
+        return None, CapReport(tokens=0, source="mode", enforcement="native" if binds else "switch", hit=False)
     explicit = ask.thinking_tokens
     try:
         if explicit == UNCAPPED:
@@ -176,7 +177,6 @@ def _cap(ask: Ask, mode: Mode, bounds: Bounds, model: Model) -> tuple[Cap | None
             param=ask.thinking_field,
             code="thinking_budget_too_high",
         ) from exc
-    binds, why_not = _cap_binds(model, has_tools=ask.has_tools)
     if not binds and explicit is not None:
         raise InvalidRequest(
             f"`{ask.thinking_field}`: no backend of {model.name!r} was measured to hold a thinking cap"
@@ -208,7 +208,7 @@ def _cap_binds(model: Model, *, has_tools: bool) -> tuple[bool, str]:
 def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model) -> int:
     """Most output tokens per choice. Raises: InvalidRequest when the request's own limit is too high."""
     answer = model.config.answer
-    thinking_max = model.config.thinking.max_tokens if mode == "reasoning" else 0
+    thinking_max = model.thinking.max_tokens if mode == "reasoning" else 0
     most = answer.max_tokens + (thinking_max + MARKER_ALLOWANCE_TOKENS if thinking_max else 0)
     if ask.total_max is None:
         thought = 0 if cap is None or mode == "instant" else cap.tokens + MARKER_ALLOWANCE_TOKENS

@@ -136,25 +136,28 @@ static void put_event(conn *c, const char *body, int n) {
 
 /* ---- streams ---- */
 
-/* One slot of the stream: a token with whatever vLLM sends in the same breath, or the end. */
-static void next_slot(conn *c) {
+/* One slot of the stream: a token (or a group of them) with whatever vLLM sends in the same breath,
+ * or the end. Returns how many token times it took. */
+static int next_slot(conn *c) {
   static char b[1 << 13];
   const ask *a = &c->asked;
   const course *r = &c->run;
-  int tokens = r->think + r->answer;
+  int n = 1;
   if (c->sent == 0 && a->is_chat) put_event(c, b, role_chunk(b, sizeof b, a, r));
   if (c->sent == 0 && r->think == 0 && r->has_marker) put_event(c, b, marker_chunk(b, sizeof b, a, r));
-  if (c->sent < tokens) {
+  if (c->sent < r->think + r->answer) {
+    n = group_at(a, r, c->sent);
     put_event(c, b, token_chunk(b, sizeof b, a, r, c->sent, now_ns()));
-    n_tokens++;
-    if (c->sent + 1 == r->think && r->has_marker) put_event(c, b, marker_chunk(b, sizeof b, a, r));
+    n_tokens += n;
+    if (c->sent + n == r->think && r->has_marker) put_event(c, b, marker_chunk(b, sizeof b, a, r));
   } else {
     put_event(c, b, finish_chunk(b, sizeof b, a, r));
     put_event(c, b, usage_chunk(b, sizeof b, a, r));
     put_event(c, "[DONE]", 6);
     put(c, "0\r\n\r\n", 5);
   }
-  c->sent++;
+  c->sent += n;
+  return n;
 }
 
 static int handle(conn *c);
@@ -176,8 +179,8 @@ static int pump(conn *c) {
     if (c->due) {
       if (c->due > now_ns()) { if (c->heap_pos < 0) heap_push(c); return 0; }
       heap_remove(c);
-      next_slot(c);
-      c->due = knob.gap_us && c->sent < tokens ? c->due + knob.gap_us * 1000 : 0;
+      int n = next_slot(c);
+      c->due = knob.gap_us && c->sent < tokens ? c->due + n * knob.gap_us * 1000 : 0;
     } else {
       for (int i = 0; i < knob.burst && c->sent <= tokens; i++) next_slot(c);
     }

@@ -70,6 +70,8 @@ ask read_ask(const char *b, int n, int is_chat) {
   a.wants_continuous_usage = is_true(value_of(b, n, "continuous_usage_stats"));
   a.thinks_off = is_false(value_of(b, n, "enable_thinking")) || is_false(value_of(b, n, "thinking"));
   a.budget = number(value_of(b, n, "thinking_token_budget"));
+  a.interval = number(value_of(b, n, "stream_interval"));
+  if (a.interval < 1 || a.interval > 64) a.interval = 1;
   a.limit = number(value_of(b, n, "max_completion_tokens"));
   if (a.limit < 0) a.limit = number(value_of(b, n, "max_tokens"));
   return a;
@@ -130,27 +132,35 @@ int role_chunk(char *out, int cap, const ask *a, const course *c) {
   return p.len;
 }
 
-static void token_ids(pen *p, const ask *a, int id) {
+static int id_of(const course *c, int i) { return i < c->think ? 1000 + i : 2000 + i - c->think; }
+
+static void token_id(pen *p, const ask *a, int id) {
   if (a->wants_ids) form(p, "\"token_ids\":[%d]}", id);
   else lit(p, "\"token_ids\":null}");
 }
 
+/* The first token goes out alone; a group is of one kind, as its text is under one key. */
+int group_at(const ask *a, const course *c, int i) {
+  int left = (i < c->think ? c->think : c->think + c->answer) - i;
+  return i == 0 || a->interval == 1 ? 1 : a->interval < left ? a->interval : left;
+}
+
 int token_chunk(char *out, int cap, const ask *a, const course *c, int i, uint64_t sent_ns) {
   pen p = {out, cap, 0};
-  int is_think = i < c->think, is_last = c->is_cut && i + 1 == c->think + c->answer;
-  const char *reason = is_last ? "\"length\"" : "null", *stop = is_last ? "\"stop_reason\":null," : "";
+  int n = group_at(a, c, i), is_think = i < c->think, is_last = c->is_cut && i + n == c->think + c->answer;
+  const char *reason = is_last ? "\"length\"" : "null";
   chunk_head(&p, a);
-  if (!a->is_chat) {
-    form(&p, "{\"index\":0,\"text\":\" tok@t%llu;\",\"logprobs\":null,\"finish_reason\":%s,\"stop_reason\":null,",
-         (unsigned long long)sent_ns, reason);
-    if (i == 0 && a->wants_ids) form(&p, "\"prompt_token_ids\":[%s],", prompt_ids[0]);
-    else lit(&p, "\"prompt_token_ids\":null,");
-  } else {
-    form(&p, "{\"index\":0,\"delta\":{\"%s\":\" tok@t%llu;\"},\"logprobs\":null,\"finish_reason\":%s,%s",
-         is_think ? "reasoning" : "content", (unsigned long long)sent_ns, reason, stop);
-  }
-  token_ids(&p, a, is_think ? 1000 + i : 2000 + i - c->think);
-  chunk_tail(&p, a, i + 1 + (is_think ? 0 : c->has_marker));
+  lit(&p, a->is_chat ? is_think ? "{\"index\":0,\"delta\":{\"reasoning\":\"" : "{\"index\":0,\"delta\":{\"content\":\""
+                     : "{\"index\":0,\"text\":\"");
+  for (int k = 0; k < n; k++) form(&p, " tok@t%llu;", (unsigned long long)sent_ns);
+  form(&p, a->is_chat ? "\"},\"logprobs\":null,\"finish_reason\":%s," : "\",\"logprobs\":null,\"finish_reason\":%s,", reason);
+  if (is_last || !a->is_chat) lit(&p, "\"stop_reason\":null,");
+  if (!a->is_chat && i == 0 && a->wants_ids) form(&p, "\"prompt_token_ids\":[%s],", prompt_ids[0]);
+  else if (!a->is_chat) lit(&p, "\"prompt_token_ids\":null,");
+  lit(&p, a->wants_ids ? "\"token_ids\":[" : "\"token_ids\":null}");
+  for (int k = 0; a->wants_ids && k < n; k++) form(&p, k ? ",%d" : "%d", id_of(c, i + k));
+  if (a->wants_ids) lit(&p, "]}");
+  chunk_tail(&p, a, i + n + (is_think ? 0 : c->has_marker));
   if (is_last && !a->wants_usage) form(&p, ",%s", FINGERPRINT);
   lit(&p, "}");
   return p.len;
@@ -162,7 +172,7 @@ int marker_chunk(char *out, int cap, const ask *a, const course *c) {
   if (!a->wants_ids) return 0;
   chunk_head(&p, a);
   lit(&p, "{\"index\":0,\"delta\":{},\"logprobs\":null,\"finish_reason\":null,");
-  token_ids(&p, a, THINK_END_ID);
+  token_id(&p, a, THINK_END_ID);
   chunk_tail(&p, a, c->think + 1);
   lit(&p, "}");
   return p.len;
@@ -175,7 +185,7 @@ int finish_chunk(char *out, int cap, const ask *a, const course *c) {
   form(&p, "{\"index\":0,%s,\"logprobs\":null,\"finish_reason\":\"stop\",\"stop_reason\":null,",
        a->is_chat ? "\"delta\":{}" : "\"text\":\"\"");
   if (!a->is_chat) lit(&p, "\"prompt_token_ids\":null,");
-  token_ids(&p, a, STOP_ID);
+  token_id(&p, a, STOP_ID);
   chunk_tail(&p, a, output_tokens(c) + 1);
   if (!a->wants_usage) form(&p, ",%s", FINGERPRINT);
   lit(&p, "}");

@@ -18,6 +18,7 @@ typedef struct {
   int is_stream, wants_ids, wants_usage, wants_continuous_usage, thinks_off, is_chat;
   long budget;   /* thinking_token_budget, -1 when absent */
   long limit;    /* most output tokens, -1 when absent */
+  int interval;  /* stream_interval: tokens per chunk, after the first */
 } ask;
 
 /* How the answer to it will run. Markers are not stamped and take no time of their own. */
@@ -38,7 +39,8 @@ int output_tokens(const course *p);
 /* When the limit cuts the answer the last token carries the finish_reason and there is no finish chunk.
  * Each writes one JSON document into `out`, returns its length (0: vLLM says nothing here). */
 int role_chunk(char *out, int cap, const ask *a, const course *p);
-int token_chunk(char *out, int cap, const ask *a, const course *p, int i, uint64_t sent_ns);
+int token_chunk(char *out, int cap, const ask *a, const course *p, int i, uint64_t sent_ns);   /* token i, or the group at i */
+int group_at(const ask *a, const course *p, int i);   /* how many tokens the chunk at i carries */
 int marker_chunk(char *out, int cap, const ask *a, const course *p);
 int finish_chunk(char *out, int cap, const ask *a, const course *p);
 int usage_chunk(char *out, int cap, const ask *a, const course *p);

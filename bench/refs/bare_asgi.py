@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 UPSTREAM = os.environ.get("UPSTREAM", "127.0.0.1:9100")
 HOST, _, PORT = UPSTREAM.partition(":")
 PATH = "/v1/chat/completions"
-HEAD = (
-    f"POST {PATH} HTTP/1.1\r\nhost: {UPSTREAM}\r\ncontent-type: application/json\r\ncontent-length: ".encode()
-)
+HEAD = f"POST {PATH} HTTP/1.1\r\nhost: {UPSTREAM}\r\ncontent-type: application/json\r\ncontent-length: ".encode()
 
 
 class Head(msgspec.Struct):

@@ -145,9 +145,7 @@ async def main() -> None:
     """Serve until killed."""
     host, _, port = sys.argv[2].partition(":")
     relay = Relay(host, int(port))
-    server = await relay.loop.create_server(
-        lambda: Client(relay), "127.0.0.1", int(sys.argv[1]), backlog=2048
-    )
+    server = await relay.loop.create_server(lambda: Client(relay), "127.0.0.1", int(sys.argv[1]), backlog=2048)
     await server.serve_forever()
 
 

@@ -147,6 +147,8 @@ class HttpBackend:
             fields["return_token_ids"] = True
             if stream and not call.is_live:
                 fields["stream_interval"] = STREAM_INTERVAL_TOKENS
+        if call.priority and not is_openai:
+            fields["priority"] = call.priority
         cap = call.thinking.cap
         if cap is not None and call.surface == "chat" and self.capabilities.cap_binds:
             fields["thinking_token_budget"] = cap

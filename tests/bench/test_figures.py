@@ -111,9 +111,7 @@ def test_a_table_lines_up_and_right_aligns_figures():
     ]
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "text"), [(None, 0, "-"), (1234.56, 1, "1,234.6"), ("x", 0, "x")]
-)
+@pytest.mark.parametrize(("value", "digits", "text"), [(None, 0, "-"), (1234.56, 1, "1,234.6"), ("x", 0, "x")])
 def test_a_cell_shows_what_was_not_measured_as_a_dash(value, digits, text):
     """Null is visible as such."""
     assert figures.shown(value, digits) == text

@@ -33,9 +33,7 @@ def kinds(events):
 
 def test_a_stream_has_vllms_shape(client):
     """Role, thinking, a marker with an empty delta, the answer, the finish, the usage: field by field."""
-    events = stream(
-        client, thinking_token_budget=3, return_token_ids=True, stream_options={"include_usage": True}
-    )
+    events = stream(client, thinking_token_budget=3, return_token_ids=True, stream_options={"include_usage": True})
     role, thought, _, marker, answer, *_, finish, usage = events
     assert list(role) == ["id", "object", "created", "model", "choices", "prompt_token_ids", "prompt_text"]
     assert len(role["prompt_token_ids"]) == usage["usage"]["prompt_tokens"] == 212
@@ -142,6 +140,15 @@ def test_a_plain_answer_tells_thinking_from_answer(client):
     assert bare["choices"][0]["token_ids"] is bare["prompt_token_ids"] is None
 
 
+def test_a_stream_interval_groups_tokens(client):
+    """After the first, a chunk carries as many tokens as asked for, of one kind, with all their ids."""
+    events = stream(client, thinking_token_budget=9, return_token_ids=True, stream_interval=4)
+    sizes = [len(c["token_ids"]) for e in events[1:] for c in e["choices"]]
+    assert sizes == [1, 4, 3, 1, 4, 1]
+    assert events[2]["choices"][0]["delta"]["reasoning"].count("@t") == 4
+    assert ids(events)[:9] == [*range(1000, 1008), THINK_END]
+
+
 def test_a_text_completion_keeps_the_prompt_ids_in_its_choice(client):
     """The completions surface has no role, no reasoning, and its own place for ids."""
     first, *_, last = stream(client, "/v1/completions", prompt=[1, 2], return_token_ids=True)
@@ -171,9 +178,7 @@ def test_continuous_usage_counts_up(client):
 )
 def test_markers_are_single_tokens(client, prompt, tokens):
     """A gateway learns the ids of the markers by asking for them."""
-    answer = client.post(
-        "/tokenize", json={"model": "m", "prompt": prompt, "add_special_tokens": False}
-    ).json()
+    answer = client.post("/tokenize", json={"model": "m", "prompt": prompt, "add_special_tokens": False}).json()
     assert answer == {"count": len(tokens), "max_model_len": 32768, "tokens": tokens, "token_strs": None}
 
 
@@ -183,9 +188,7 @@ def test_what_a_gateway_probes_is_there(client):
     assert client.get("/version").json() == {"version": "0.32.0"}
     assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 32768
     assert "vllm:num_requests_running{" in client.get("/metrics").text
-    assert (
-        client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()["count"] == 212
-    )
+    assert client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()["count"] == 212
     assert client.post("/detokenize", json={"tokens": [151667, 5]}).json() == {"prompt": "<think> tok"}
     assert client.post("/v1/chat/completions/render", json={}).status_code == 403
     assert client.post("/v1/nothing", json={}).status_code == 404

@@ -11,7 +11,7 @@ from tests.e2e.servers import PRICES, Gateway
 
 MODEL = "smollm2"
 EOS, END_THINK = 2, 16  # in the vocabulary of the thinking SmolLM2
-NO_END = {str(EOS): -100}  # untrained to think, the model would end at once in four of five answers
+NO_END = {str(EOS): -100, "1": -100}  # untrained to think, the model would end or begin a turn at once
 KINDS = {"prompt", "cached", "thinking", "answer", "planner", "probe", "injected", "wasted"}
 OUTPUT_KINDS = ("thinking", "answer", "injected")
 
