@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import argparse
 
 FLAT_MB = 3.0
-WARM_UP_SHARE = 0.3
+WARM_UP_SHARE = 0.4
 """Of the blocks, before the line is fitted: pools, caches and arenas fill first."""
+BLOCKS = 20
 STREAM_SHARE = 0.2
 """Of the requests that are streams."""
 KNOBS = "think=200&answer=20&gap_us=2000&first_us=0&burst=1"
@@ -50,6 +51,15 @@ class Block:
         """`requests` whole answers, of which STREAM_SHARE are streams, and `hangups` broken ones."""
         streams = round(requests * STREAM_SHARE)
         return cls(plain=requests - streams, streams=streams, hangups=hangups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How many blocks, and when no further one begins, on time.monotonic()."""
+
+    block: Block
+    blocks: int
+    end_s: float = float("inf")
 
 
 @dataclass(slots=True)
@@ -140,13 +150,16 @@ def leftovers(target: Target, upstream: harness.Upstream, limit_s: float = 10.0)
         time.sleep(0.2)
 
 
-def soak(target: Target, upstream: harness.Upstream, block: Block, blocks: int) -> dict[str, Any]:
+def soak(target: Target, upstream: harness.Upstream, plan: Plan) -> dict[str, Any]:
     """All blocks, memory after each; then what is left."""
     upstream.set(KNOBS)
     count, memory = Count(), Memory()
     memory.add(0, accounting.memory_mb(target.pids()))
-    for _ in range(blocks):
-        for client in run_block(target, block):
+    for _ in range(plan.blocks):
+        if time.monotonic() > plan.end_s:
+            harness.say("  no time left: fewer blocks than planned")
+            break
+        for client in run_block(target, plan.block):
             count.add(client)
         accounting.wait_until_idle(target.pids())
         memory.add(count.requests + count.disconnects, accounting.memory_mb(target.pids()))
@@ -164,11 +177,11 @@ def soak(target: Target, upstream: harness.Upstream, block: Block, blocks: int) 
     }
 
 
-def sizes(flags: argparse.Namespace) -> tuple[Block, int]:
-    """The block, and how many of them."""
+def plan_of(flags: argparse.Namespace) -> Plan:
+    """How much this run does."""
     if flags.quick:
-        return Block.of(1_500, 150), 10
-    return Block.of(flags.requests // 20, flags.disconnects // 20), 20
+        return Plan(block=Block.of(1_500, 150), blocks=20, end_s=time.monotonic() + 36)
+    return Plan(block=Block.of(flags.requests // BLOCKS, flags.disconnects // BLOCKS), blocks=BLOCKS)
 
 
 def report(found: dict[str, Any]) -> str:
@@ -195,7 +208,7 @@ def main() -> int:
     flags.add_argument("--disconnects", type=int, default=10_000)
     given = flags.parse_args()
     cores = Cores.available()
-    block, blocks = sizes(given)
+    plan = plan_of(given)
     found = result.envelope("soak", quick=given.quick)
     with (
         harness.bench_place(cores) as (place, upstream),
@@ -203,7 +216,7 @@ def main() -> int:
     ):
         if not targets:
             return 1
-        found |= soak(targets[given.target], upstream, block, blocks)
+        found |= soak(targets[given.target], upstream, plan)
     print(report(found))
     result.emit(found, as_json=given.json)
     return 0 if found["flat"] and found["nothing_left"] and not found["bad"] else 1

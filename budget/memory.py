@@ -80,14 +80,17 @@ class MemoryHold:
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit` over the hold's scopes."""
         tightest: _Account | None = None
+        least = 0
         for account in self._accounts:
-            if account.limit.unit == unit and (tightest is None or account.free() < tightest.free()):
-                tightest = account
+            if account.unit == unit:
+                free = account.free()
+                if tightest is None or free < least:
+                    tightest, least = account, free
         if tightest is None:
             return None
         return Remaining(
             limit=tightest.limit.amount,
-            remaining=max(0, tightest.free()),
+            remaining=max(0, least),
             reset_s=max(0.0, tightest.rolls_at - self._ledger.clock()),
         )
 

@@ -128,17 +128,21 @@ class Gateway(FastAPI):
     def limit_headers(self, hold: Hold) -> Headers:
         """`x-ratelimit-*` and the remaining budget, where limits exist."""
         headers: Headers = []
-        for unit, name in (("requests", b"requests"), ("tokens", b"tokens")):
-            rest = hold.remaining(unit)  # type: ignore[arg-type]  # two of the units
-            if rest is None:
-                continue
+        requests, tokens = hold.remaining("requests"), hold.remaining("tokens")
+        if requests is not None:
             headers += [
-                (b"x-ratelimit-limit-" + name, b"%d" % rest.limit),
-                (b"x-ratelimit-remaining-" + name, b"%d" % rest.remaining),
-                (b"x-ratelimit-reset-" + name, duration(rest.reset_s).encode()),
+                (b"x-ratelimit-limit-requests", b"%d" % requests.limit),
+                (b"x-ratelimit-remaining-requests", b"%d" % requests.remaining),
+                (b"x-ratelimit-reset-requests", duration(requests.reset_s)),
             ]
-            if unit == "tokens":
-                headers.append((b"x-thinkgate-budget-remaining-tokens", b"%d" % rest.remaining))
+        if tokens is not None:
+            left = b"%d" % tokens.remaining
+            headers += [
+                (b"x-ratelimit-limit-tokens", b"%d" % tokens.limit),
+                (b"x-ratelimit-remaining-tokens", left),
+                (b"x-ratelimit-reset-tokens", duration(tokens.reset_s)),
+                (b"x-thinkgate-budget-remaining-tokens", left),
+            ]
         return headers
 
     def reload(self, config: Config) -> None:
@@ -195,14 +199,15 @@ async def _close_when_idle(slot: Slot) -> None:
     await slot.backend.close()
 
 
-def duration(seconds: float) -> str:
-    """As OpenAI writes it: `12ms`, `6m0s`, `1h0m0s`."""
-    if seconds == float("inf"):
-        return "never"
+def duration(seconds: float) -> bytes:
+    """As OpenAI writes it: `12ms`, `6m0s`, `1h0m0s`; `never` for a window without an end."""
     if seconds < 1:
-        return f"{int(seconds * 1000)}ms"
+        return b"%dms" % (seconds * 1000)
+    if seconds < 60:
+        return b"%ds" % seconds
+    if seconds == float("inf"):
+        return b"never"
     minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes}m{rest}s"
-    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+    if minutes < 60:
+        return b"%dm%ds" % (minutes, rest)
+    return b"%dh%dm%ds" % (minutes // 60, minutes % 60, rest)

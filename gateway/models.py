@@ -91,7 +91,7 @@ class Slot:
                     log.warning("backend down", extra={"backend": self.config.id, "reason": exc.message})
                 self.failure = exc.message
                 await asyncio.sleep(PROBE_AGAIN_S)
-            except Exception as exc:  # noqa: BLE001  # a bug in one backend must not take the others down
+            except Exception as exc:  # a bug in one backend must not take the others down
                 log.exception("probe failed", extra={"backend": self.config.id})
                 self.capabilities = None
                 self.failure = f"{type(exc).__name__} in the gateway while probing; see its log"

@@ -7,7 +7,6 @@ Pure; O(fields). Does not own: dialects (resolve.py), cap arithmetic (budget/cap
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,20 +18,19 @@ from gateway.backends.port import Call, Surface, Thinking
 from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from gateway.extension import CapReport
 from gateway.fields import check_choices, check_media, upstream_fields
+from gateway.models import Model
 from gateway.request import RawFields, parse_chat, parse_completion
 from gateway.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
 from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
 
 if TYPE_CHECKING:
     from gateway.config import Config
-    from gateway.models import Model
 
 TEMPLATE_MARGIN_TOKENS = 256
 MEDIA_PART_TOKENS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """Everything decided before anything is spent.
 
     Attributes:

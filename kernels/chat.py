@@ -89,9 +89,7 @@ def _turn(i: int, message: Json, *, knows_tools: bool) -> Json:
     """One message as a template expects it: text content, arguments as objects."""
     role = message.get("role")
     if role not in ROLES:
-        raise RequestRefused(
-            f"`messages[{i}].role` must be one of {sorted(ROLES)}.", param=f"messages[{i}].role"
-        )
+        raise RequestRefused(f"`messages[{i}].role` must be one of {sorted(ROLES)}.", param=f"messages[{i}].role")
     turn = {**message, "role": "system" if role == "developer" else role}
     turn["content"] = _text(i, message.get("content"), is_required=role != "assistant")
     thought = message.get("reasoning") or message.get("reasoning_content")

@@ -85,9 +85,7 @@ def _chat_prompt(
     return Prompt(token_ids=tuple(model.tokens.encode(text)), chain_open=is_open)
 
 
-def _completion_prompts(
-    model: LanguageModel, given: CompletionInput, rules: ThinkingRules
-) -> tuple[Prompt, ...]:
+def _completion_prompts(model: LanguageModel, given: CompletionInput, rules: ThinkingRules) -> tuple[Prompt, ...]:
     prompts = []
     for each in given.prompts:
         if isinstance(each, str):
@@ -111,9 +109,7 @@ def _grammar(model: LanguageModel, given: ChatInput) -> str | None:
     if isinstance(choice, tuple):
         callable_ = [function for function in functions if function["name"] == choice[0]]
         if not callable_:
-            raise RequestRefused(
-                f"`tool_choice` names {choice[0]!r}, which is not in `tools`.", param="tool_choice"
-            )
+            raise RequestRefused(f"`tool_choice` names {choice[0]!r}, which is not in `tools`.", param="tool_choice")
     return tools_grammar(
         callable_,
         is_required=choice != "auto",
@@ -134,9 +130,7 @@ def _check_ids(model: LanguageModel, prompts: tuple[Prompt, ...], options: Optio
     for field, ids in named.items():
         wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is not None:
-            raise RequestRefused(
-                f"`{field}`: {wrong} is no token of this model, which has {size}.", param=field
-            )
+            raise RequestRefused(f"`{field}`: {wrong} is no token of this model, which has {size}.", param=field)
 
 
 def _check_length(model: LanguageModel, prompt: Prompt, options: Options, field: str, limit: str) -> None:

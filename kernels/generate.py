@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from kernels.params import Event, GenerationRequest, Output, Prompt
 
 
-def generate(
-    model: LanguageModel, request: GenerationRequest, is_stopped: Callable[[], bool]
-) -> Generator[Event]:
+def generate(model: LanguageModel, request: GenerationRequest, is_stopped: Callable[[], bool]) -> Generator[Event]:
     """Outputs in the order of the choices, then Finished.
 
     Args:
@@ -89,13 +87,9 @@ class _Run:
             offset=offset,
         )
         grammar = request.grammar
-        self._constraint = (
-            Constraint(model.tokens.grammar_tokenizer, grammar) if grammar is not None else None
-        )
+        self._constraint = Constraint(model.tokens.grammar_tokenizer, grammar) if grammar is not None else None
 
-    def outputs(
-        self, cache: DynamicCache, logits: torch.Tensor, check: Callable[[], None]
-    ) -> Iterator[Output]:
+    def outputs(self, cache: DynamicCache, logits: torch.Tensor, check: Callable[[], None]) -> Iterator[Output]:
         """Generate until the choice ends.
 
         Args:
@@ -146,9 +140,7 @@ class _Run:
             if self._constraint.is_complete and choice.finish_reason is None:
                 yield choice.complete()
 
-    def _tokens(
-        self, ids: Sequence[int], logits: torch.Tensor, rows: torch.Tensor | None = None
-    ) -> list[Token]:
+    def _tokens(self, ids: Sequence[int], logits: torch.Tensor, rows: torch.Tensor | None = None) -> list[Token]:
         """Tokens with their log probabilities, if they were asked for.
 
         Args:

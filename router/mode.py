@@ -6,8 +6,7 @@ The decision carries its reason, which ends up in the response, the log and the 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Mode = Literal["instant", "reasoning"]
 MODES: tuple[Mode, ...] = ("instant", "reasoning")
@@ -27,8 +26,7 @@ class ModeForbidden(Exception):
         self.allowed = allowed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModeFacts:
+class ModeFacts(NamedTuple):
     """What the decision rests on.
 
     Attributes:
@@ -48,8 +46,7 @@ class ModeFacts:
     thinking_room: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModeDecision:
+class ModeDecision(NamedTuple):
     """A mode, and why."""
 
     mode: Mode
@@ -65,11 +62,12 @@ def decide_mode(facts: ModeFacts) -> ModeDecision:
         if facts.allowed is not None and facts.asked not in facts.allowed:
             raise ModeForbidden(facts.asked, facts.allowed)
         return ModeDecision(facts.asked, f"asked by {facts.asked_by}")
-    usable = [mode for mode in MODES if facts.allowed is None or mode in facts.allowed]
-    if not usable:
-        raise ModeForbidden("instant", facts.allowed or ())
-    if len(usable) == 1:
-        return ModeDecision(usable[0], "the key's only mode")
+    if facts.allowed is not None:
+        usable = [mode for mode in MODES if mode in facts.allowed]
+        if not usable:
+            raise ModeForbidden("instant", facts.allowed)
+        if len(usable) == 1:
+            return ModeDecision(usable[0], "the key's only mode")
     if facts.thinking_room <= 0:
         return ModeDecision("instant", "limits leave no room for thinking")
     if facts.default_mode != "auto":

@@ -58,6 +58,7 @@ static uint64_t now_ns(void) {
 
 static conn *heap[MAXFD];
 static int heap_n;
+
 static void heap_set(int i, conn *c) { heap[i] = c; c->heap_pos = i; }
 static void heap_up(int i) {
   conn *c = heap[i];
@@ -143,8 +144,10 @@ static int next_slot(conn *c) {
   const ask *a = &c->asked;
   const course *r = &c->run;
   int n = 1;
-  if (c->sent == 0 && a->is_chat) put_event(c, b, role_chunk(b, sizeof b, a, r));
-  if (c->sent == 0 && r->think == 0 && r->has_marker) put_event(c, b, marker_chunk(b, sizeof b, a, r));
+  if (c->sent == 0) {
+    if (a->is_chat) put_event(c, b, role_chunk(b, sizeof b, a, r));
+    if (r->think == 0 && r->has_marker) put_event(c, b, marker_chunk(b, sizeof b, a, r));
+  }
   if (c->sent < r->think + r->answer) {
     n = group_at(a, r, c->sent);
     put_event(c, b, token_chunk(b, sizeof b, a, r, c->sent, now_ns()));
@@ -211,7 +214,8 @@ static void respond(conn *c, int code, const char *type, const char *b, int n) {
 }
 static void respond_json(conn *c, const char *b, int n) { respond(c, 200, "application/json", b, n); }
 
-static int query(const char *q, const char *end, const char *key, long dflt) {
+/* The value of `key` in the query of a path. */
+static long query(const char *q, const char *end, const char *key, long dflt) {
   size_t n = strlen(key);
   for (; q + n < end; q++)
     if ((*q == '?' || *q == '&') && !memcmp(q + 1, key, n) && q[n + 1] == '=') return strtol(q + n + 2, NULL, 10);
@@ -280,13 +284,12 @@ static void post(conn *c, const char *path, int n, const char *body, int blen) {
  * and the body), or -1 when it has not all arrived. */
 static int fold_chunks(char *start, char *lim, int *used) {
   char *r = start, *w = start;
-  for (;;) {                             /* measure first: nothing moves until everything is there */
+  for (long k = 1; k;) {                 /* measure first: nothing moves until everything is there */
     char *eol = memmem(r, lim - r, "\r\n", 2);
     if (!eol) return -1;
-    long k = strtol(r, NULL, 16);
+    k = strtol(r, NULL, 16);
     if (lim - (eol + 2) < k + 2) return -1;
     r = eol + 2 + k + 2;
-    if (k == 0) break;
   }
   char *stop = r;
   for (r = start;;) {
@@ -317,9 +320,8 @@ static int handle(conn *c) {
     if (is_chunked && (blen = fold_chunks(body, c->in + c->inlen, &used)) < 0) break;
     used += hlen;
     if (c->inlen < used) break;
-    char *path = memchr(c->in, ' ', hlen), *path_end;
-    path = path ? path + 1 : c->in;
-    path_end = memchr(path, ' ', end - path);
+    char *space = memchr(c->in, ' ', hlen), *path = space ? space + 1 : c->in;
+    char *path_end = memchr(path, ' ', end - path);
     if (!path_end) path_end = end;
     n_requests++;
     if (!strncmp(c->in, "POST", 4)) post(c, path, path_end - path, body, blen);

@@ -7,7 +7,7 @@ definition. Does not own: what needs the model, such as vocabulary and context w
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -65,6 +65,19 @@ REFUSED: Mapping[str, tuple[tuple[bytes, ...], str]] = {
     "web_search_options": ((), "leave it out"),
 }
 
+# Sampling fields that are handed on as they come.
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+)
+
+_Fields = TypeVar("_Fields", bound="_Common")
 _Penalty = Annotated[float, Meta(ge=-2, le=2)] | None
 _JsonObject = dict[str, Any]
 
@@ -136,25 +149,29 @@ def read_call(call: Call, defaults: Mapping[str, Any]) -> tuple[ChatInput | Comp
 
     Raises: InvalidRequest naming the field.
     """
-    struct = _Chat if call.surface == "chat" else _Completion
-    _refuse(call.fields, struct)
-    known = {name: raw for name, raw in call.fields.items() if name in struct.__struct_fields__}
+    if call.surface == "chat":
+        chat = _decode(call.fields, _Chat)
+        if chat.top_logprobs and not chat.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+        logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
+        return _chat_input(chat), _options(call, chat, defaults, logprobs)
+    fields = _decode(call.fields, _Completion)
+    given = CompletionInput(
+        prompts=_prompts(fields),
+        add_special_tokens=fields.add_special_tokens is not False,
+        response_schema=_schema(fields.response_format),
+    )
+    return given, _options(call, fields, defaults, fields.logprobs)
+
+
+def _decode(given: Mapping[str, msgspec.Raw], struct: type[_Fields]) -> _Fields:
+    """The fields, typed. Raises: InvalidRequest."""
+    _refuse(given, struct)
+    known = {name: raw for name, raw in given.items() if name in struct.__struct_fields__}
     try:
-        fields = msgspec.json.decode(msgspec.json.encode(known), type=struct)
+        return msgspec.json.decode(msgspec.json.encode(known), type=struct)
     except msgspec.ValidationError as exc:
         raise _as_invalid(exc) from exc
-    given: ChatInput | CompletionInput
-    if isinstance(fields, _Chat):
-        given = _chat_input(fields)
-        if fields.top_logprobs and not fields.logprobs:
-            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-        logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    else:
-        prompts, schema = _prompts(fields), _schema(fields.response_format)
-        special = fields.add_special_tokens is not False
-        given = CompletionInput(prompts=prompts, add_special_tokens=special, response_schema=schema)
-        logprobs = fields.logprobs
-    return given, _options(call, fields, defaults, logprobs)
 
 
 def _refuse(fields: Mapping[str, msgspec.Raw], struct: type[_Common]) -> None:
@@ -183,12 +200,7 @@ def _as_invalid(exc: msgspec.ValidationError) -> InvalidRequest:
 
 
 def _options(call: Call, fields: _Common, defaults: Mapping[str, Any], logprobs: int | None) -> Options:
-    asked = {
-        name: value
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
-        + ("repetition_penalty", "logit_bias", "seed")
-        if (value := getattr(fields, name)) is not None
-    }
+    asked = {name: value for name in SAMPLING if (value := getattr(fields, name)) is not None}
     if fields.top_k is not None:
         # vLLM: both -1 and 0 mean all tokens.
         asked["top_k"] = fields.top_k if fields.top_k > 0 else None
@@ -224,7 +236,7 @@ def _options(call: Call, fields: _Common, defaults: Mapping[str, Any], logprobs:
 def _chat_input(fields: _Chat) -> ChatInput:
     choice = fields.tool_choice
     tools = [{"type": "function", "function": _function(tool.function)} for tool in fields.tools or ()]
-    names = [tool["function"]["name"] for tool in tools]
+    names = [tool.function.name for tool in fields.tools or ()]
     if len(set(names)) != len(names):
         raise InvalidRequest("`tools` holds two functions of the same name.", param="tools")
     return ChatInput(

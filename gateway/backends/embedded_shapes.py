@@ -106,12 +106,8 @@ class DeltaShaper:
         }
 
     def _completion_logprobs(self, output: Output) -> dict[str, Any]:
-        shape: dict[str, list[Any]] = {
-            "text_offset": [],
-            "token_logprobs": [],
-            "tokens": [],
-            "top_logprobs": [],
-        }
+        names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
+        shape: dict[str, list[Any]] = {name: [] for name in names}
         offset = self._offsets.get(output.index, 0)
         for token in output.tokens:
             entry = self._chat_entry(token)

@@ -27,8 +27,7 @@ class Kind(IntEnum):
     INJECTED = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thinking:
+class Thinking(msgspec.Struct, frozen=True, kw_only=True):
     """How one call may think.
 
     Attributes:
@@ -48,8 +47,7 @@ class Thinking:
     native: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One model call, all dialects resolved.
 
     Attributes:

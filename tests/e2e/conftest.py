@@ -76,9 +76,7 @@ def vllm_gateway(vllm_config: dict[str, Any], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def embedded_gateway(
-    embedded_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Gateway]:
+def embedded_gateway(embedded_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """One gateway with the engine inside, for all tests that leave it as they find it."""
     with gateway_running(embedded_config, tmp_path_factory.mktemp("thinkgate-embedded")) as gateway:
         yield gateway

@@ -111,9 +111,7 @@ def test_every_choice_has_its_own_cap(client: OpenAI, stream: bool) -> None:
 
 def test_usage_comes_only_when_asked_for(client: OpenAI) -> None:
     """A stream that did not ask for usage has no chunk without choices, and the same accounts."""
-    answer = ask(
-        client, QUESTION, stream=True, usage=False, max_completion_tokens=16, thinkgate={"mode": "instant"}
-    )
+    answer = ask(client, QUESTION, stream=True, usage=False, max_completion_tokens=16, thinkgate={"mode": "instant"})
     check_accounts(answer)
     assert answer.usage is None
 
@@ -126,9 +124,7 @@ def test_repeated_prompt_is_counted_as_cached(vllm_gateway: Gateway) -> None:
     second = ask(client, prompt, max_completion_tokens=4, thinkgate={"mode": "instant"})
     check_accounts(second)
     assert second.tokens["cached"] >= 32
-    assert (
-        second.tokens["prompt"] + second.tokens["cached"] == first.tokens["prompt"] + first.tokens["cached"]
-    )
+    assert second.tokens["prompt"] + second.tokens["cached"] == first.tokens["prompt"] + first.tokens["cached"]
 
 
 def test_metrics_count_what_the_response_counts(served: Gateway, client: OpenAI) -> None:
@@ -141,6 +137,4 @@ def test_metrics_count_what_the_response_counts(served: Gateway, client: OpenAI)
     served.wait_metric("thinkgate_cost_nano_usd_total", money + answer.thinkgate["settled"]["nano_usd"])
     served.wait_settled()
     after = {kind: served.metric("thinkgate_tokens_total", kind=kind) for kind in names}
-    assert {kind: after[kind] - before[kind] for kind in names} == {
-        kind: answer.tokens[kind] for kind in names
-    }
+    assert {kind: after[kind] - before[kind] for kind in names} == {kind: answer.tokens[kind] for kind in names}
