@@ -82,11 +82,11 @@ CLAIMS = (
         text="processor time per token under a thinking cap (same load)",
     ),
     Claim(
-        bench="overhead", key="delivered", at_least=1.0, unit="%", digits=1,
+        bench="overhead", key="delivered", at_least=1.0, unit="%", digits=2,
         text="tokens delivered at 200 streams of 50 tokens/s",
     ),
     Claim(
-        bench="overhead", key="delivered_capped", at_least=1.0, unit="%", digits=1,
+        bench="overhead", key="delivered_capped", at_least=1.0, unit="%", digits=2,
         text="the same under a thinking cap",
     ),
     Claim(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent / "native"
 BUILD = NATIVE / "build"
-SOURCES = {"fastup": ("fastup.c", "shapes.c", "shapes.h"), "load": ("load.c",)}
+SOURCES = {"fastup": ("fastup.c", "shapes.c", "shapes.h", "heap.h"), "load": ("load.c",)}
 
 
 def compiled(name: str) -> Path:

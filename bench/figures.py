@@ -152,7 +152,7 @@ def shown(value: float | str | None, digits: int = 0) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    widths = [max(2, *(len(row[i]) for row in [head, *rows])) for i in range(len(head))]
     rule = [":".ljust(widths[0], "-"), *(":".rjust(width, "-") for width in widths[1:])]
     lines = []
     for row in [head, rule, *rows]:

@@ -54,10 +54,10 @@ def claim_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Every claim with what was measured."""
     rows = []
     for claim in CLAIMS:
-        mark = {True: "met", False: "NOT MET", None: ""}[claim.is_met(results)] if claim.goal() else ""
+        mark = {True: "yes", False: "NO", None: ""}[claim.is_met(results)] if claim.goal() else ""
         command = f"`python -m bench.{claim.bench}`"
         rows.append([claim.text, claim.shown(claim.value(results)), claim.goal(), mark, command])
-    return figures.table(["claim", "measured", "goal", "", "command"], rows)
+    return figures.table(["claim", "measured", "goal", "met", "command"], rows)
 
 
 def peer_table(overhead: Mapping[str, Any]) -> str:

@@ -60,7 +60,11 @@ class MemoryHold:
 
     async def __aenter__(self) -> Self:
         """Take the hold. Raises: HoldRefused; then nothing is held anywhere."""
-        self._accounts = self._ledger.take(self._scopes, self.ceiling)
+        try:
+            self._accounts = self._ledger.take(self._scopes, self.ceiling)
+        except HoldRefused:
+            self._accounts = self._ledger.accounts(self._scopes)  # so that `remaining` can tell why
+            raise
         self._windows = [account.window_id for account in self._accounts]
         self._is_open = True
         return self
@@ -105,11 +109,19 @@ class MemoryLedger:
         self.set_limits(limits)
 
     def set_limits(self, limits: Sequence[Limit]) -> None:
-        """Replace the limits; what is settled and held under an unchanged scope, unit and window stays."""
+        """Replace the limits; what is settled and held under an unchanged scope, unit and window stays.
+
+        Of two limits on the same scope, unit and window the tighter one counts.
+        """
         known = {self._key(a.limit): a for accounts in self._accounts.values() for a in accounts}
-        self._accounts = {}
+        tightest: dict[tuple[str, Unit, Window | None], Limit] = {}
         for limit in limits:
-            account = known.get(self._key(limit)) or _Account(limit)
+            other = tightest.get(self._key(limit))
+            if other is None or limit.amount < other.amount:
+                tightest[self._key(limit)] = limit
+        self._accounts = {}
+        for key, limit in tightest.items():
+            account = known.get(key) or _Account(limit)
             account.limit = limit
             self._accounts.setdefault(limit.scope, []).append(account)
 
@@ -123,6 +135,10 @@ class MemoryLedger:
 
     async def close(self) -> None:
         """Nothing is pending in memory."""
+
+    def accounts(self, scopes: Sequence[str]) -> list[_Account]:
+        """The accounts of `scopes`."""
+        return [account for scope in scopes for account in self._accounts.get(scope, ())]
 
     def take(self, scopes: Sequence[str], ceiling: Amounts) -> list[_Account]:
         """Hold `ceiling` in every account of `scopes`, or raise HoldRefused for the tightest and hold nothing."""

@@ -21,7 +21,7 @@ from budget.ledger import Limit
 from budget.memory import MemoryLedger
 from budget.price import nano_usd
 from gateway import __version__
-from gateway.api.routes import HOT_ROUTES, add_routes, not_found
+from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found
 from gateway.auth import Keyring
 from gateway.backends.http_backend import HttpBackend
 from gateway.config_load import secret_sha256s
@@ -85,8 +85,7 @@ class Gateway(FastAPI):
         self.lines = LineWriter(log_stream)  # type: ignore[arg-type]  # anything with write and flush
         self.serving = Serving(config, Keyring(config, secret_sha256s(config)), build_models(config))
         self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
-        timeouts = config.server.timeouts
-        self.watch = Watch(slow_client_s=timeouts.slow_client_s, total_s=timeouts.total_s)
+        self.watch = Watch(config.server.timeouts)
         self.is_draining = False
         self.metrics = Metrics(self.ledger.held, lambda: len(self.watch), lambda: self.serving.models)
         self.started_s = self._epoch_s = int(time.time())
@@ -103,23 +102,34 @@ class Gateway(FastAPI):
                 return
         await super().__call__(scope, receive, send)
 
-    async def _hot(self, route: object, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _hot(self, route: Handler, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         record = Record(exchange, scope["path"])
+        watched = self.watch.over(exchange)
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"Use POST for {scope['path']}.", allow="POST")
             if self.is_draining:
                 raise Overloaded("The server is shutting down.")
-            await route(self, exchange, record)  # type: ignore[operator]  # HOT_ROUTES holds handlers
+            with watched:
+                await route(self, exchange, record, watched)
         except GatewayError as exc:
-            record.error = exc.code or exc.type
-            self.metrics.refusals.add(record.error)
-            await exchange.fail(exc)
+            await self._fail(exchange, record, exc)
         except ClientGone:
-            record.ended_by = "disconnect"
+            record.ended_by = watched.reason or "disconnect"
+            self.metrics.disconnects.add(scope["path"])
+            await exchange.cut()
+        except Exception:  # noqa: BLE001  # a bug of ours: the client still gets an error in the usual form
+            log.exception("request failed", extra={"request_id": exchange.request_id})
+            await self._fail(exchange, record, GatewayError("The gateway failed; its log has the request id."))
         finally:
+            record.ended_by = record.ended_by or watched.reason
             record.publish(self.metrics, self.lines, now_s=time.time())
+
+    async def _fail(self, exchange: Exchange, record: Record, error: GatewayError) -> None:
+        record.error = error.code or error.type
+        self.metrics.refusals.add(record.error)
+        await exchange.fail(error)
 
     def epoch_s(self) -> int:
         """Seconds since 1970, refreshed once a second."""

@@ -42,7 +42,7 @@ class Key:
         scopes = [f"key:{config.id}", *(f"{kind}:{name}" for kind, name in owners if name)]
         return cls(
             id=config.id,
-            scopes=(*scopes, *(f"tag:{tag}" for tag in config.tags)),
+            scopes=tuple(dict.fromkeys((*scopes, *(f"tag:{tag}" for tag in config.tags)))),
             models=None if config.models is None else frozenset(config.models),
             modes=None if config.modes is None else frozenset(config.modes),
             max_thinking_tokens=config.max_thinking_tokens,

@@ -9,8 +9,9 @@ import gc
 import json
 import logging
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gateway.config import Config
 
 log = logging.getLogger("thinkgate")
+CANCELLED_S = 10  # after the drain's time: how long cancelled requests may take to say goodbye
 NOT_BUILT = {
     "keys": "keys live in the configuration file for now: see docs/config.md, `keys`",
     "eval": "the evaluation harness comes with plan-and-budget",
@@ -54,6 +56,16 @@ class Server(uvicorn.Server):
         """Stop accepting; running requests may finish within the drain time."""
         self._gateway.is_draining = True
         super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # uvicorn would raise them again after the drain: we exit with 0
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain; what still runs when the drain's time is over is told so and settled."""
+        patience_s = self._gateway.serving.config.server.timeouts.drain_s
+        timer = asyncio.get_running_loop().call_later(patience_s, self._gateway.watch.cancel_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
     @contextlib.asynccontextmanager
     async def companions(self) -> AsyncIterator[None]:
@@ -145,7 +157,7 @@ def _serve(options: argparse.Namespace) -> int:
     else:
         runner = asyncio.Runner()
     with runner:
-        return runner.run(_run(config, gateway, options.config))
+        return runner.run(_run(config, gateway, options.config, overrides))
 
 
 def _start_metrics(config: Config, gateway: Gateway) -> None:
@@ -161,7 +173,7 @@ def _start_metrics(config: Config, gateway: Gateway) -> None:
         ) from exc
 
 
-async def _run(config: Config, gateway: Gateway, path: Path | None) -> int:
+async def _run(config: Config, gateway: Gateway, path: Path | None, overrides: Mapping[str, object]) -> int:
     server = Server(
         uvicorn.Config(
             gateway,
@@ -176,10 +188,10 @@ async def _run(config: Config, gateway: Gateway, path: Path | None) -> int:
             proxy_headers=False,
             backlog=4096,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(config.server.timeouts.drain_s),
+            timeout_graceful_shutdown=int(config.server.timeouts.drain_s) + CANCELLED_S,
         ),
         gateway,
-        None if path is None else Reloader(gateway, path),
+        None if path is None else Reloader(gateway, path, overrides=overrides),
     )
     async with server.companions():
         await server.serve()

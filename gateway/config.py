@@ -18,13 +18,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+SMALLEST_USD = 1e-9
 SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
 
 
 class Section(BaseModel):
     """A part of the file: unknown keys are errors, values never change after the start."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Metrics(Section):
@@ -77,7 +78,7 @@ class BackendConfig(Section):
         parts = urlsplit(url)
         if parts.scheme.startswith("dns+"):
             raise ValueError("dns+http:// is not built yet: list the addresses as backends of their own")
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
             raise ValueError("must look like http://host:8000 or https://host/path")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("must not carry credentials, a query or a fragment; use api_key_env")
@@ -187,6 +188,11 @@ class ModelConfig(Section):
         ids = [backend.id for backend in self.backends]
         if len(set(ids)) < len(ids):
             raise ValueError(f"backend ids must be distinct, got {ids}")
+        kinds = sorted({backend.kind for backend in self.backends})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"backends must all be of one kind, got {', '.join(kinds)}: give the others a public name of their own"
+            )
         return self
 
 
@@ -228,7 +234,9 @@ class LimitConfig(Section):
         if (self.unit == "concurrency") != (self.window is None):
             raise ValueError("concurrency has no `window`; every other unit needs one")
         if self.unit != "usd" and self.amount != int(self.amount):
-            raise ValueError(f"amount of {self.unit} must be a whole number")
+            raise ValueError(f"amount of {self.unit} must be a whole number, got {self.amount:g}")
+        if self.unit == "usd" and self.amount < SMALLEST_USD:
+            raise ValueError(f"amount of usd must be at least {SMALLEST_USD} (one nano-dollar), got {self.amount:g}")
         return self
 
 
@@ -287,8 +295,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        for problem in (*self._key_problems(), *self._limit_problems(), *self._server_problems()):
-            raise ValueError(problem)
+        problems = [*self._key_problems(), *self._limit_problems(), *self._server_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def _key_problems(self) -> list[str]:
@@ -304,11 +313,16 @@ class Config(Section):
 
     def _limit_problems(self) -> list[str]:
         problems = []
+        known = {"model": list(self.models), "key": [key.id for key in self.keys] or ["anyone"]}
         unpriced = [name for name, model in self.models.items() if model.price_usd_per_mtok is None]
+        seen: dict[tuple[str, str, str | None], int] = {}
         for i, limit in enumerate(self.limits):
             kind, _, name = limit.scope.partition(":")
-            if kind == "model" and name not in self.models:
-                problems.append(f"limits[{i}].scope: {name!r} is not under `models`")
+            if name not in known.get(kind, [name]):
+                problems.append(f"limits[{i}].scope: {name!r} is not under `{kind}s` ({', '.join(known[kind])})")
+            first = seen.setdefault((limit.scope, limit.unit, limit.window), i)
+            if first != i:
+                problems.append(f"limits[{i}]: limits {limit.scope} as limits[{first}] does already: keep one of them")
             reached = [name] if kind == "model" else list(self.models)
             without = [model for model in reached if model in unpriced]
             if limit.unit == "usd" and without:
@@ -339,6 +353,13 @@ class Config(Section):
         for name, model in self.models.items():
             inert += [f"models.{name}.{key}" for key in ("planner", "fallback", "architecture") if getattr(model, key)]
         inert += [f"keys[{i}].degrade" for i, key in enumerate(self.keys) if key.degrade]
+        owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
+        owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
+        inert += [
+            f"limits[{i}].scope ({limit.scope} has no key)"
+            for i, limit in enumerate(self.limits)
+            if limit.scope not in owned and not limit.scope.startswith(("key:", "model:"))
+        ]
         inert += ["search.scorers"] if self.search.scorers else []
         inert += [f"agentic.{key}" for key in ("mcp_servers", "tools") if getattr(self.agentic, key)]
         return inert

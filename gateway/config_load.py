@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import yaml
@@ -41,8 +41,9 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     seen: set[object] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, (dict, list)) or key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+        wrong = "is not a name" if not isinstance(key, Hashable) else "stands twice" if key in seen else None
+        if wrong is not None:
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} {wrong}", problem_mark=key_node.start_mark)
         seen.add(key)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -89,9 +90,10 @@ def load_config(
     if path is not None and embedded_path is not None:
         raise ConfigError("--model goes without --config: name the model in the file")
     tree = _read(path) if path is not None else default_config_tree(embedded_path or DEFAULT_MODEL_PATH)
+    origins: dict[str, str] = {}
     for name, text in sorted(environment(env).items()):
         if name.startswith(ENV_PREFIX) and "__" in name:
-            _override(tree, name, text)
+            origins[_override(tree, name, text)] = name
     if overrides:
         server = tree.setdefault("server", {})
         if isinstance(server, dict):
@@ -99,46 +101,66 @@ def load_config(
     try:
         return Config.model_validate(tree)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_problems(exc))) from exc
+        raise ConfigError("\n".join(_problems(exc, origins))) from exc
 
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+        tree = _parse(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{path}: is not UTF-8 text") from exc
-    except (yaml.YAMLError, RecursionError) as exc:
-        raise ConfigError(f"{path}: is not valid YAML: {exc}") from exc
+    except _NotYaml as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with `models`, got {type(tree).__name__}")
     return tree
 
 
-def _override(tree: dict[str, object], name: str, text: str) -> None:
-    """Set the value that `THINKGATE_A__B__0__C` names; list items by number; values are YAML."""
+class _NotYaml(Exception):
+    """What is wrong with a YAML text, on one line."""
+
+
+def _parse(text: str) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise _NotYaml(f"{where}{exc.problem or exc.context}") from exc
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as exc:
+        # The safe loader lets a date like 2024-13-45 through as a ValueError.
+        raise _NotYaml(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
+
+
+def _override(tree: dict[str, object], name: str, text: str) -> str:
+    """Set the value that `THINKGATE_A__B__0__C` names; list items by number; values are YAML. Returns its path."""
     steps = name.removeprefix(ENV_PREFIX).lower().split("__")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{name}: {text!r} is not a YAML value") from exc
+        value = _parse(text)
+    except _NotYaml as exc:
+        raise ConfigError(f"{name}: {text!r} is not a YAML value: {exc}") from exc
     node: object = tree
+    path = ""
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
+        key: str | int
         if isinstance(node, dict):
             key = next((k for k in node if isinstance(k, str) and _env_name(k) == step), step)
-            if last:
-                node[key] = value
-            else:
-                node = node.setdefault(key, {})
+            path = f"{path}.{key}".lstrip(".")
+            if not last and node.get(key) is None:
+                node[key] = {}
         elif isinstance(node, list) and step.isdecimal() and int(step) < len(node):
-            if last:
-                node[int(step)] = value
-            else:
-                node = node[int(step)]
+            key = int(step)
+            path = f"{path}[{key}]"
         else:
-            raise ConfigError(f"{name}: nothing called {step!r} to override at {'.'.join(steps[:i]) or 'the top'}")
+            raise ConfigError(f"{name}: nothing called {step!r} to override at {path or 'the top'}")
+        if last:
+            node[key] = value
+        else:
+            node = node[key]
+    return path
 
 
 def _env_name(key: str) -> str:
@@ -146,15 +168,21 @@ def _env_name(key: str) -> str:
     return re.sub(r"[^a-z0-9]", "_", key.lower())
 
 
-def _problems(exc: ValidationError) -> list[str]:
+def _problems(exc: ValidationError, origins: Mapping[str, str]) -> list[str]:
+    """A line per problem; `origins` says which paths came from which variable."""
     lines = []
     for error in exc.errors(include_url=False):
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+        parts = [part for part in error["loc"] if part != "[key]"]
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             message = "is not a key of this section; check the spelling against docs/config.md"
         shown = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
-        lines.append(f"{path}: {message}{shown}" if path else message)
+        variable = next(
+            (name for at, name in origins.items() if path == at or path.startswith((f"{at}.", f"{at}["))), ""
+        )
+        source = f" (set by {variable})" if variable else ""
+        lines.append(f"{path}: {message}{shown}{source}" if path else message)
     return lines
 
 
@@ -169,7 +197,7 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
         if key.secret_sha256 is not None:
             digest = key.secret_sha256.lower()
         else:
-            secret = variables.get(key.secret_env or "", "")
+            secret = variables.get(key.secret_env or "", "").strip()
             if not secret:
                 raise ConfigError(f"keys[{i}].secret_env: the variable {key.secret_env} is unset or empty")
             digest = hashlib.sha256(secret.encode()).hexdigest()
@@ -180,11 +208,11 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
     return digests
 
 
-def backend_api_key(variable: str | None, *, env: Mapping[str, str] | None = None) -> str | None:
-    """The credential for a backend. Raises: ConfigError when its variable is unset."""
+def backend_api_key(variable: str | None, *, where: str, env: Mapping[str, str] | None = None) -> str | None:
+    """The credential for a backend; `where` is the path of its entry. Raises: ConfigError when its variable is unset."""
     if variable is None:
         return None
-    secret = environment(env).get(variable, "")
+    secret = environment(env).get(variable, "").strip()
     if not secret:
-        raise ConfigError(f"api_key_env: the variable {variable} is unset or empty")
+        raise ConfigError(f"{where}.api_key_env: the variable {variable} is unset or empty")
     return secret

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from gateway.errors import DeadlinePassed, GatewayError, Headers, RequestTooLarge
+from gateway.errors import GatewayError, Headers, RequestTooLarge
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -29,6 +29,7 @@ EVENT_STREAM: Headers = [
 ]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TRACE = (b"traceparent", b"tracestate")
+FAIL_S = 5.0  # nobody watches an exchange that failed: so long its client may take to read why
 # Unique, not secret: a random part for the process, a number for the request.
 _PROCESS = f"req-{os.urandom(8).hex()}-"
 _numbers = itertools.count(1)
@@ -45,7 +46,9 @@ class Exchange:
         authorization: the header, or None.
         request_id: the client's `x-request-id` if it is a sane one, else a new one.
         trace: W3C trace context to forward.
+        has_body: the request's body was read.
         has_started: the response's status is sent.
+        is_complete: the last part of the response is sent, or waits for the client.
         began_s: monotonic time of arrival.
         wait_s: time spent waiting for a backend before the first byte.
     """
@@ -56,7 +59,9 @@ class Exchange:
         "_send",
         "authorization",
         "began_s",
+        "has_body",
         "has_started",
+        "is_complete",
         "request_id",
         "sending_since_s",
         "status",
@@ -71,7 +76,7 @@ class Exchange:
         self.authorization: bytes | None = None
         self.trace: tuple[tuple[bytes, bytes], ...] = ()
         self._content_length = -1
-        self.has_started = False
+        self.has_body = self.has_started = self.is_complete = False
         self.status = 0
         self.wait_s = 0.0
         self.sending_since_s: float | None = None
@@ -93,27 +98,24 @@ class Exchange:
         """For whoever watches for the client's departure once the body is read."""
         return self._receive
 
-    async def body(self, limit_bytes: int, timeout_s: float) -> bytes:
-        """The whole body.
+    async def body(self, limit_bytes: int) -> bytes:
+        """The whole body; how long it may take is the watch's business.
 
-        Raises: RequestTooLarge, DeadlinePassed when it trickles in too slowly, ClientGone.
+        Raises: RequestTooLarge, ClientGone.
         """
         if self._content_length > limit_bytes:
             raise _too_large(limit_bytes)
         message = await self._receive()
-        if not message.get("more_body"):
-            return self._piece(message, 0, limit_bytes)
-        pieces = [self._piece(message, 0, limit_bytes)]
-        size = len(pieces[0])
-        try:
-            async with asyncio.timeout(timeout_s):
-                while message.get("more_body"):
-                    message = await self._receive()
-                    pieces.append(self._piece(message, size, limit_bytes))
-                    size += len(pieces[-1])
-        except TimeoutError as exc:
-            raise DeadlinePassed(f"The body did not arrive within {timeout_s:g} s.", code="body_timeout") from exc
-        return b"".join(pieces)
+        body = self._piece(message, 0, limit_bytes)
+        if message.get("more_body"):
+            pieces, size = [body], len(body)
+            while message.get("more_body"):
+                message = await self._receive()
+                pieces.append(self._piece(message, size, limit_bytes))
+                size += len(pieces[-1])
+            body = b"".join(pieces)
+        self.has_body = True
+        return body
 
     @staticmethod
     def _piece(message: Message, size: int, limit_bytes: int) -> bytes:
@@ -138,20 +140,34 @@ class Exchange:
 
     async def fail(self, error: GatewayError) -> None:
         """A whole error response, or an error event where the response is a stream that has begun."""
-        if self.has_started:
-            await self.write(b"data: %b\n\n" % error.body(), more=False)
-        else:
-            await self.respond(error.http_status, [JSON, *error.headers()], error.body())
+        if self.is_complete:
+            return
+        try:
+            async with asyncio.timeout(FAIL_S):
+                if self.has_started:
+                    await self.write(b"data: %b\n\n" % error.body(), more=False)
+                else:
+                    await self.respond(error.http_status, [JSON, *error.headers()], error.body())
+        except TimeoutError:
+            await self.cut()
+
+    async def cut(self) -> None:
+        """Close the connection whatever the client has not read yet; ASGI has no word for it, uvicorn a way."""
+        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
+            await asyncio.sleep(0)  # uvicorn learns of it in the next turn of the loop
 
     async def start(self, status: int, headers: Headers) -> None:
         """Status and headers."""
-        self.has_started = True
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self.has_started = True
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """A part of the body; waits while the client is slow."""
         self.sending_since_s = time.perf_counter()
+        self.is_complete = not more
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
         self.sending_since_s = None
 

@@ -67,6 +67,18 @@ class Report(Struct, kw_only=True):
     counted: str | msgspec.UnsetType = msgspec.UNSET
 
 
+class EmbeddingReport(Struct, kw_only=True):
+    """The `thinkgate` object of embeddings, where nothing thinks: no mode and no cap."""
+
+    tokens: TokenCounts
+    hold: Spent
+    settled: Spent
+    cost_usd: float
+    backend: str
+    request_id: str
+    counted: str | msgspec.UnsetType = msgspec.UNSET
+
+
 class PromptTokens(Struct):
     """`usage.prompt_tokens_details`."""
 

@@ -168,7 +168,12 @@ def build_models(config: Config, known: dict[str, Model] | None = None) -> dict[
         slots = []
         for backend in entry.backends:
             kept = next((s for s in old.slots if _same(old, s, backend, entry)), None) if old is not None else None
-            slots.append(kept or Slot(backend, _builder(name, backend, entry, config)))
+            if kept is None:
+                slots.append(Slot(backend, _builder(name, backend, entry, config)))
+                if old is not None:
+                    _trust(slots[-1], old, entry)
+            else:
+                slots.append(kept)
         models[name] = Model(name, entry, slots)
     return models
 
@@ -179,6 +184,18 @@ def _same(old: Model, slot: Slot, backend: BackendConfig, entry: ModelConfig) ->
         and old.config.upstream_model == entry.upstream_model
         and old.config.thinking == entry.thinking
     )
+
+
+def _trust(slot: Slot, old: Model, entry: ModelConfig) -> None:
+    """Until it is probed again, the same server under other settings can do what it could before."""
+    for known in old.slots:
+        is_same_server = (known.config.kind, known.config.url) == (slot.config.kind, slot.config.url)
+        reads_alike = (old.thinking.start, old.thinking.end) == (entry.thinking.start, entry.thinking.end)
+        if not (is_same_server and reads_alike and old.config.upstream_model == entry.upstream_model):
+            continue
+        if isinstance(slot.backend, HttpBackend) and isinstance(known.backend, HttpBackend):
+            slot.capabilities = known.capabilities
+            slot.backend.capabilities, slot.backend.markers = known.backend.capabilities, known.backend.markers
 
 
 def _builder(name: str, backend: BackendConfig, entry: ModelConfig, config: Config) -> Callable[[], Backend]:
@@ -193,7 +210,7 @@ def _builder(name: str, backend: BackendConfig, entry: ModelConfig, config: Conf
             backend,
             entry.upstream_model or name,
             entry.thinking,
-            api_key=backend_api_key(backend.api_key_env),
+            api_key=backend_api_key(backend.api_key_env, where=f"models.{name}.backends[{backend.id}]"),
             timeouts=config.server.timeouts,
         )
 

@@ -31,6 +31,7 @@ class _Message(Struct):
 
 
 class _Choice(Struct):
+    index: int
     message: _Message | None = None
     token_ids: list[int] | None = None
 
@@ -79,6 +80,11 @@ class PlainAnswer:
             tally.wasted += split.thinking  # the cap of instant mode is 0: what was thought is cut
             tally.answer += split.answer
             tally.injected += split.injected
+
+    def require(self, choices: int) -> None:
+        """Raises: UpstreamError when choices are missing."""
+        if len(self._typed.choices) < choices:
+            raise UpstreamError("The backend answered with fewer choices than it was asked for.")
 
     def render(
         self, model: str | None, *, usage: bytes, extension: bytes, has_thinking: bool, wants_token_ids: bool

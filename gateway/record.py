@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 
 
 class Record:
-    """Facts of one request."""
+    """Facts of one request; what a completion does not tell through `begin` and `finish` is set as it is learned."""
 
     __slots__ = (
         "_exchange",
         "_prepared",
         "_route",
         "_run",
+        "backend",
+        "counts",
         "ended_by",
         "error",
         "first_byte_s",
         "key",
+        "model",
+        "nano_usd",
         "overhead_s",
     )
 
@@ -39,7 +43,9 @@ class Record:
         self._route = route
         self._prepared: Prepared | None = None
         self._run: Run | None = None
-        self.key = ""
+        self.key = self.model = self.backend = ""
+        self.counts = TokenCounts()
+        self.nano_usd = 0
         self.error: str | None = None
         self.ended_by: str | None = None
         self.first_byte_s: float | None = None
@@ -48,6 +54,7 @@ class Record:
     def begin(self, prepared: Prepared) -> None:
         """Model and mode are known."""
         self._prepared = prepared
+        self.model = prepared.model.name
 
     def first_byte(self, first_byte_s: float, overhead_s: float) -> None:
         """The response begins."""
@@ -56,29 +63,30 @@ class Record:
     def finish(self, run: Run) -> None:
         """The call is over; counting is done."""
         self._run = run
+        self.counts, settled = run.close_books()
+        self.nano_usd = settled.nano_usd
+        self.backend = run.slot.config.id if run.slot is not None else ""
         self.ended_by = run.ended_by or self.ended_by
 
     def publish(self, metrics: Metrics, lines: LineWriter, *, now_s: float) -> None:
         """Count and log the request, whatever became of it; `now_s` is in seconds since 1970."""
         exchange, prepared, run = self._exchange, self._prepared, self._run
         seconds = time.perf_counter() - exchange.began_s
-        model, mode, reason = "", "", ""
+        model, mode, reason = self.model, "", ""
         if prepared is not None:
-            model, mode, reason = prepared.model.name, prepared.decision.mode, prepared.decision.reason
+            mode, reason = prepared.decision.mode, prepared.decision.reason
         metrics.request(self._route, model, mode, exchange.status, seconds)
         if self.first_byte_s is not None:
             metrics.began(model, mode, first_byte_s=self.first_byte_s, overhead_s=self.overhead_s)
-        counts, nano_usd, backend, cap, capped = TokenCounts(), 0, "", None, False
+        if self.backend:
+            metrics.used(model, mode, self.counts, self.nano_usd)
+        cap, capped = None, False
         if run is not None and prepared is not None:
-            counts, settled = run.close_books()
-            nano_usd = settled.nano_usd
-            backend = run.slot.config.id if run.slot is not None else ""
             cap, capped = prepared.cap.tokens, run.tally.capped
-            metrics.used(model, mode, counts, nano_usd)
             if capped:
                 metrics.capped(model)
             if run.overrun:
-                metrics.overrun(model, backend)
+                metrics.overrun(model, self.backend)
         lines.write(
             RequestLine(
                 event="request",
@@ -90,15 +98,15 @@ class Record:
                 model=model,
                 mode=mode,
                 mode_reason=reason,
-                backend=backend,
+                backend=self.backend,
                 stream=prepared is not None and prepared.ask.stream,
                 seconds=round(seconds, 6),
                 overhead_ms=round(self.overhead_s * 1000, 3),
-                tokens=counts,
+                tokens=self.counts,
                 cap=cap,
                 capped=capped,
                 ended_by=self.ended_by,
-                cost_nano_usd=nano_usd,
+                cost_nano_usd=self.nano_usd,
                 error=self.error,
             )
         )

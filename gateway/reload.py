@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,18 @@ FIXED = ("host", "port", "workers", "metrics", "timeouts")
 
 
 class Reloader:
-    """Watches one configuration file for one gateway."""
+    """Watches one configuration file for one gateway.
 
-    def __init__(self, gateway: Gateway, path: Path) -> None:
+    Args:
+        gateway: what to reload.
+        path: the file.
+        overrides: what the command line said of `server`; it still wins.
+    """
+
+    def __init__(self, gateway: Gateway, path: Path, *, overrides: Mapping[str, object] | None = None) -> None:
         self._gateway = gateway
         self._path = path
+        self._overrides = overrides
         self._asked = asyncio.Event()
         self._seen = self._fingerprint()
 
@@ -54,7 +62,7 @@ class Reloader:
     def _reload(self) -> None:
         metrics = self._gateway.metrics
         try:
-            config = load_config(self._path)
+            config = load_config(self._path, overrides=self._overrides)
             self._refuse_fixed(config)
             self._gateway.reload(config)
         except ConfigError as exc:

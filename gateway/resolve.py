@@ -251,6 +251,9 @@ def _hear_openrouter(said: _Said, fields: ChatFields) -> None:
 def _hear_anthropic(said: _Said, fields: ChatFields) -> None:
     thinking = fields.thinking
     assert thinking is not None
+    if thinking.type == "enabled" and thinking.budget_tokens == 0:
+        said.cap("thinking.budget_tokens", 0)  # `type` cannot be left out: the number says what is meant
+        return
     said.think("thinking.type", thinking.type == "enabled")
     if thinking.budget_tokens is None:
         return

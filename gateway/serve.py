@@ -17,8 +17,8 @@ from budget.errors import HoldRefused
 from gateway.aggregate import Aggregator
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
-from gateway.edge import EVENT_STREAM, JSON, ClientGone
-from gateway.errors import DeadlinePassed, Headers, LimitExceeded, Overloaded
+from gateway.edge import EVENT_STREAM, JSON
+from gateway.errors import Headers, LimitExceeded
 from gateway.extension import Report, Spent, UsageReport, encode
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
@@ -41,39 +41,34 @@ if TYPE_CHECKING:
     from gateway.watch import Watched
 
 
-async def serve_completion(gateway: Gateway, exchange: Exchange, surface: Surface, record: Record) -> None:
+async def serve_completion(
+    gateway: Gateway, exchange: Exchange, surface: Surface, record: Record, watched: Watched
+) -> None:
     """Answer one chat or text completion.
 
     Raises: GatewayError before the first byte; afterwards failures end the stream with an error event.
     """
-    state, server = gateway.serving, gateway.serving.config.server
-    body = await exchange.body(server.max_body_bytes, server.timeouts.body_s)
+    state = gateway.serving
     key = state.keyring.identify(exchange.authorization)
     record.key = key.id
+    body = await exchange.body(state.config.server.max_body_bytes)
     prepared = prepare(
         body, surface, key, state.models, state.config, request_id=exchange.request_id, trace=exchange.trace
     )
     record.begin(prepared)
-    with gateway.watch.over(exchange) as watched:
-        try:
-            async with gateway.ledger.hold((*key.scopes, prepared.model.scope), prepared.ceiling) as hold:
-                await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
-        except HoldRefused as exc:
-            raise _refusal(exc) from exc
-        except asyncio.CancelledError:
-            if not watched.was_cancelled():
-                raise
-            record.ended_by = watched.reason
-            if watched.reason == "deadline":
-                raise DeadlinePassed("The request's time was over before it was answered.") from None
-            if watched.reason == "drain":
-                raise Overloaded("The server is shutting down.") from None
-            gateway.metrics.disconnects.add(surface)
-            raise ClientGone from None
+    hold = gateway.ledger.hold((*key.scopes, prepared.model.scope), prepared.ceiling)
+    try:
+        async with hold:
+            await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
+    except HoldRefused as exc:
+        raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 
-def _refusal(exc: HoldRefused) -> LimitExceeded:
-    return LimitExceeded(str(exc), kind=exc.kind, retry_after_s=exc.retry_after_s)
+def refusal(exc: HoldRefused, limit_headers: Headers) -> LimitExceeded:
+    """The ledger's refusal as the client sees it."""
+    error = LimitExceeded(str(exc), kind=exc.kind, retry_after_s=exc.retry_after_s)
+    error.limit_headers = limit_headers
+    return error
 
 
 class Answer:
@@ -112,7 +107,8 @@ class Answer:
             clock=time.perf_counter,
             choices=prepared.choices,
         )
-        watched.deadline_s = self._run.envelope.deadline_s
+        if self._run.envelope.deadline_s is not None:
+            watched.bound(self._run.envelope.deadline_s)
 
     async def carry_out(self) -> None:
         """Run the mode and answer; whatever happens, the hold is told what was used."""
@@ -138,6 +134,7 @@ class Answer:
         body = await self._complete()
         answer = PlainAnswer(body, run.slot.backend.markers)  # type: ignore[union-attr]  # _complete placed it
         answer.count(run.tally)
+        answer.require(prepared.choices)
         has_thinking = run.tally.wasted > 0
         usage, extension = self._closing()
         model = prepared.model
@@ -228,11 +225,13 @@ class Answer:
         await exchange.write(encoder.finish(extension, usage if ask.include_usage else None), more=False)
 
     def _end_at_deadline(self) -> list[Delta]:
-        """The finishes of a call whose envelope's time is over, if anything arrived. Else raises on."""
-        if self._watched.reason != "deadline" or not self._run.tally.output():
+        """The finishes of a call whose time is over, if anything arrived. Else raises on."""
+        watched = self._watched
+        if not watched.is_at_deadline() or not self._run.tally.output():
             raise asyncio.CancelledError
-        self._watched.was_cancelled()
-        return self._run.end("envelope.seconds")
+        why = "envelope.seconds" if watched.reason == "envelope" else "timeout"
+        watched.go_on()
+        return self._run.end(why)
 
     def _both_fields(self) -> bool:
         both = self._prepared.ask.both_fields

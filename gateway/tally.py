@@ -61,11 +61,11 @@ class Tally:
         if delta.usage is not None:
             self.usage = delta.usage
 
-    def waste(self, delta: Delta, thinking: int) -> None:
-        """Move `thinking` tokens of a counted delta to `wasted`: they reach no client."""
-        self.thinking -= thinking
-        self.thinking_by_choice[delta.index] -= thinking
-        self.wasted += thinking
+    def waste(self, delta: Delta) -> None:
+        """Move the thinking of a counted delta to `wasted`: it reaches no client."""
+        self.thinking -= delta.thinking
+        self.thinking_by_choice[delta.index] -= delta.thinking
+        self.wasted += delta.thinking
 
     def output(self) -> int:
         """Output tokens received so far."""

@@ -1,38 +1,55 @@
-"""Watch running requests: clients that leave, envelopes whose seconds end, clients too slow to read.
+"""Watch running requests: clients that leave or dawdle, envelopes and timeouts that end.
 
-Owns: cancelling a request's task with a reason. A tick, 20 times a second and O(requests in flight),
-replaces a watcher and a timer for each request: short requests never pay for one.
+Owns: cancelling a request's task with a reason, and what that reason becomes for the client. A tick, 20
+times a second and O(requests in flight), replaces a watcher and a timer for each request: short requests
+never pay for one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Literal, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
 
-from gateway.edge import Exchange
+from gateway.edge import ClientGone, Exchange
+from gateway.errors import DeadlinePassed, GatewayError, Overloaded
+
+if TYPE_CHECKING:
+    from gateway.config import Timeouts
 
 TICK_S = 0.05
-Reason = Literal["disconnect", "deadline", "slow_client", "drain"]
+Reason = Literal["disconnect", "slow_client", "body", "envelope", "timeout", "drain"]
 
 
 class Watched:
-    """One request being served.
+    """One request being served; as a context manager, watched for as long as the block runs.
 
     Attributes:
-        deadline_s: monotonic time at which its envelope ends, or None.
         reason: why its task was cancelled, or None.
     """
 
-    __slots__ = ("_running", "_task", "deadline_s", "exchange", "is_over", "reason", "watcher")
+    __slots__ = (
+        "_deadline_reason",
+        "_deadline_s",
+        "_is_over",
+        "_running",
+        "_task",
+        "_watcher",
+        "exchange",
+        "reason",
+    )
 
-    def __init__(self, exchange: Exchange, task: asyncio.Task[object], running: dict[int, Watched]) -> None:
+    def __init__(
+        self, exchange: Exchange, task: asyncio.Task[object], running: dict[int, Watched], deadline_s: float
+    ) -> None:
         self._running = running
         self.exchange = exchange
-        self.deadline_s: float | None = None
         self.reason: Reason | None = None
-        self.is_over = False
-        self.watcher: asyncio.Task[None] | None = None
+        self._deadline_s = deadline_s
+        self._deadline_reason: Reason = "timeout"
+        self._is_over = False
+        self._watcher: asyncio.Task[None] | None = None
         self._task = task
 
     def __enter__(self) -> Self:
@@ -40,38 +57,84 @@ class Watched:
         self._running[id(self)] = self
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """The request is over."""
-        self.is_over = True
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The request is over.
+
+        Raises: GatewayError or ClientGone in place of a CancelledError that is this watch's own.
+        """
+        self._is_over = True
         del self._running[id(self)]
-        if self.watcher is not None:
-            self.watcher.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self.reason is not None and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise _outcome(self.reason) from None
+
+    def bound(self, deadline_s: float) -> None:
+        """The request's envelope ends at this monotonic time."""
+        if deadline_s < self._deadline_s:
+            self._deadline_s = deadline_s
+            self._deadline_reason = "envelope"
+
+    def is_at_deadline(self) -> bool:
+        """Whether a CancelledError in the request's task says that its time is over."""
+        return self.reason in {"envelope", "timeout"}
+
+    def go_on(self) -> None:
+        """After `is_at_deadline`: the request may still say how it ended, without a deadline."""
+        self._task.uncancel()
+        self.reason = None
+        self._deadline_s = float("inf")
 
     def cancel(self, reason: Reason) -> None:
         """End the request's work, once."""
-        if self.reason is None and not self.is_over:
+        if self.reason is None and not self._is_over:
             self.reason = reason
             self._task.cancel()
 
-    def was_cancelled(self) -> bool:
-        """Whether a CancelledError in the request's task is this watch's; then the task may go on."""
-        if self.reason is None:
-            return False
-        self._task.uncancel()
-        return True
+    def look(self, now_s: float, limits: Timeouts, tasks: asyncio.TaskGroup) -> None:
+        """Cancel what has no time left; from the second look on, listen for the client's departure."""
+        exchange = self.exchange
+        if not exchange.has_body:
+            if now_s - exchange.began_s > limits.body_s:
+                self.cancel("body")
+            return
+        if self._watcher is None and now_s - exchange.began_s > TICK_S:
+            self._watcher = tasks.create_task(self._until_gone())
+        sending_since_s = exchange.sending_since_s
+        if sending_since_s is not None and now_s - sending_since_s > limits.slow_client_s:
+            self.cancel("slow_client")
+        elif now_s >= self._deadline_s and not exchange.is_complete:
+            self.cancel(self._deadline_reason)
+
+    async def _until_gone(self) -> None:
+        message = await self.exchange.receive()
+        # A complete response ends the exchange too, before the hold is settled: that is no departure.
+        if message["type"] == "http.disconnect" and not self.exchange.is_complete:
+            self.cancel("disconnect")
+
+
+def _outcome(reason: Reason) -> GatewayError | ClientGone:
+    if reason == "body":
+        return DeadlinePassed("The body did not arrive in time (server.timeouts.body_s).", code="body_timeout")
+    if reason in {"envelope", "timeout"}:
+        return DeadlinePassed("The request's time was over before it was answered.")
+    if reason == "drain":
+        return Overloaded("The server is shutting down.")
+    return ClientGone()
 
 
 class Watch:
     """All requests in flight.
 
     Args:
-        slow_client_s: how long one write may wait for the client.
-        total_s: how long a request may last at all.
+        limits: how long what may take.
     """
 
-    def __init__(self, *, slow_client_s: float, total_s: float) -> None:
-        self._slow_client_s = slow_client_s
-        self._total_s = total_s
+    def __init__(self, limits: Timeouts) -> None:
+        self._limits = limits
         self._running: dict[int, Watched] = {}
 
     def __len__(self) -> int:
@@ -82,7 +145,7 @@ class Watch:
         """A context manager: the request is watched for as long as the block runs."""
         task = asyncio.current_task()
         assert task is not None
-        return Watched(exchange, task, self._running)
+        return Watched(exchange, task, self._running, exchange.began_s + self._limits.total_s)
 
     def cancel_all(self) -> None:
         """End every request: the drain's patience is over."""
@@ -94,22 +157,6 @@ class Watch:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await asyncio.sleep(TICK_S)
-                now = time.perf_counter()
+                now_s = time.perf_counter()
                 for watched in list(self._running.values()):
-                    self._look_at(watched, now, tasks)
-
-    def _look_at(self, watched: Watched, now: float, tasks: asyncio.TaskGroup) -> None:
-        exchange = watched.exchange
-        if watched.watcher is None and now - exchange.began_s > TICK_S:
-            watched.watcher = tasks.create_task(self._until_gone(watched))
-        sending_since_s = exchange.sending_since_s
-        if sending_since_s is not None and now - sending_since_s > self._slow_client_s:
-            watched.cancel("slow_client")
-        elif (watched.deadline_s is not None and now >= watched.deadline_s) or now - exchange.began_s > self._total_s:
-            watched.cancel("deadline")
-
-    @staticmethod
-    async def _until_gone(watched: Watched) -> None:
-        message = await watched.exchange.receive()
-        if message["type"] == "http.disconnect":
-            watched.cancel("disconnect")
+                    watched.look(now_s, self._limits, tasks)

@@ -39,11 +39,19 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Forced:
-    """Tokens that close the thinking; the first `shown` of them are thinking text for the client."""
+    """Tokens that close the thinking.
+
+    Attributes:
+        ids: the tokens.
+        shown: how many of the first are thinking text for the client.
+        is_cap: the cap is the reason.
+        completes: they complete an end marker that the model began.
+    """
 
     ids: tuple[int, ...]
-    shown: int
-    is_cap: bool
+    shown: int = 0
+    is_cap: bool = False
+    completes: bool = False
 
 
 class Choice:
@@ -106,8 +114,7 @@ class Choice:
     @property
     def total(self) -> int:
         """Output tokens so far."""
-        pending = self._finder.pending if self._finder is not None else 0
-        return self.thinking + self.answer + self.injected + pending + len(self._opening)
+        return self.thinking + self.answer + self.injected + len(self._pending) + len(self._opening)
 
     @property
     def is_constrained(self) -> bool:
@@ -129,11 +136,18 @@ class Choice:
         plan = self._plan
         is_thinking = self.phase is Phase.THINKING and self._forced is None
         if is_thinking and plan is not None and plan.cap is not None:
-            pending = self._finder.pending if self._finder is not None else 0
-            if self.thinking + pending >= plan.cap:
-                wrap_up = plan.wrap_up.ids if plan.cap and not self._cap_said else ()
-                self._forced = _Forced(wrap_up + plan.end.ids + plan.after.ids, len(wrap_up), is_cap=True)
+            pending = [token.id for token in self._pending]
+            if self.thinking + len(pending) >= plan.cap:
+                self._forced = self._closing(plan, pending)
         return () if self._forced is None else self._forced.ids[: self._stopping.max_tokens - self.total]
+
+    def _closing(self, plan: ThinkingPlan, pending: Sequence[int]) -> _Forced:
+        """What ends the thinking at the cap; `pending` tokens may be the beginning of the end marker."""
+        end = plan.end.ids
+        if pending and end[: len(pending)] == tuple(pending):
+            return _Forced(end[len(pending) :] + plan.after.ids, completes=True)
+        wrap_up = plan.wrap_up.ids if plan.cap and not self._cap_said else ()
+        return _Forced(wrap_up + end + plan.after.ids, len(wrap_up), is_cap=True)
 
     def replaces(self, token_id: int) -> bool:
         """Whether a sampled token is not taken, since it ends the sequence inside the thinking.
@@ -142,7 +156,7 @@ class Choice:
         """
         if self._plan is None or self.phase is not Phase.THINKING or token_id not in self._eos:
             return False
-        self._forced = _Forced(self._plan.end.ids + self._plan.after.ids, 0, is_cap=False)
+        self._forced = _Forced(self._plan.end.ids + self._plan.after.ids)
         return True
 
     def accept_forced(self, tokens: Sequence[Token]) -> list[Output]:
@@ -150,7 +164,10 @@ class Choice:
         forced = self._forced
         assert forced is not None
         assert self._plan is not None
-        outputs = self._flush_finder()
+        if forced.completes and self._finder is not None:
+            outputs = [self._output(Kind.INJECTED, injected=self._finder.drop())]
+        else:
+            outputs = self._flush_finder()
         shown = tokens[: forced.shown]
         self._stream.drop_partial()
         text = self._stream.push(b"".join(self._shown(token.id) for token in shown))
@@ -185,10 +202,14 @@ class Choice:
         text = self._stream.push(self._shown(token.id))
         if self._finder is None:
             return [self._output(Kind.THINKING, text, thinking=[token])]
-        found = self._finder.push(token, text)
+        return self._found(self._finder.push(token, text))
+
+    def _found(self, found: Found) -> list[Output]:
+        """Thinking text, and what follows a marker that ended it."""
         outputs = self._thought(found)
         if found.after is not None:
-            outputs.append(self._output(Kind.INJECTED, injected=found.marker_tokens))
+            if found.marker_tokens:
+                outputs.append(self._output(Kind.INJECTED, injected=found.marker_tokens))
             # The decoder may hold the first bytes of the answer's first character: no reset here.
             self.phase = Phase.ANSWER
             if found.after:
@@ -216,9 +237,9 @@ class Choice:
         self.phase = Phase.THINKING
         after = seen[len(start) :]
         outputs = [self._output(Kind.INJECTED, injected=tokens)]
-        if after:
-            outputs.append(self._output(Kind.THINKING, after))
-        return outputs
+        if self._finder is not None:
+            return outputs + self._found(self._finder.push(None, after))
+        return [*outputs, self._output(Kind.THINKING, after)] if after else outputs
 
     def _answer(self, token: Token) -> list[Output]:
         if token.id == self._start_id:
@@ -294,6 +315,11 @@ class Choice:
         self.finish_reason = out.finish_reason = reason
         out.stop_reason = stop_reason
         return out
+
+    @property
+    def _pending(self) -> list[Token]:
+        """Tokens that may be the beginning of an end marker."""
+        return [] if self._finder is None else self._finder.pending
 
     def _flush_finder(self) -> list[Output]:
         return [] if self._finder is None else self._thought(self._finder.flush())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -53,10 +54,13 @@ class Engine:
     Args:
         model: what generates.
         max_waiting: requests that may wait for the one that runs.
+        threads: processor threads for tensors; default: all cores but one. The event loop shares the
+            process, and waiting for a core that is taken costs a small model more than the core gives.
     """
 
-    def __init__(self, model: LanguageModel, *, max_waiting: int = 64) -> None:
+    def __init__(self, model: LanguageModel, *, max_waiting: int = 64, threads: int | None = None) -> None:
         self._model = model
+        self._threads = threads or max(1, _cores() - 1)
         self._max_waiting = max_waiting
         self._waiting: list[Ticket] = []
         self._running: Ticket | None = None
@@ -152,6 +156,7 @@ class Engine:
 
     def _work(self) -> None:
         """The worker thread."""
+        self._model.network.limit_threads(self._threads)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._is_closing)
@@ -193,3 +198,8 @@ def _tell(ticket: Ticket, event: Event) -> None:
     except RuntimeError:
         ticket.is_cancelled = True
         logger.info("delivery_failed", extra={"request_id": ticket.request.options.request_id})
+
+
+def _cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -47,6 +47,11 @@ class Network:
         self.device: torch.device = module.device
         self._keeps = "logits_to_keep" in inspect.signature(module.forward).parameters
 
+    def limit_threads(self, threads: int) -> None:
+        """Bound what the calling thread uses of the processor."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads)
+
     def new_cache(self) -> DynamicCache:
         """An empty cache for one sequence."""
         return DynamicCache(config=self._module.config)

@@ -86,11 +86,11 @@ class Sampler:
         if self._penalises:
             self._counts = torch.zeros(vocab, dtype=torch.int32, device=device)
             self._in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self._in_prompt[torch.tensor(list(prompt), device=device)] = True
+            self._in_prompt[torch.tensor(list(prompt), dtype=torch.long, device=device)] = True
         bias = sampling.logit_bias
         self._bias: tuple[Tensor, Tensor] | None = None
         if bias:
-            ids = torch.tensor(list(bias), device=device)
+            ids = torch.tensor(list(bias), dtype=torch.long, device=device)
             self._bias = ids, torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
 
     def note(self, token_ids: Iterable[int]) -> None:

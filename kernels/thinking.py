@@ -94,26 +94,24 @@ class MarkerFinder:
     def __init__(self, marker: str) -> None:
         self._marker = marker
         self._text = ""
-        self._tokens: list[tuple[Token, int]] = []
+        # Where the text of each begins and ends in `_text`; one that begins before it, below zero.
+        self._tokens: list[tuple[Token, int, int]] = []
 
     @property
-    def pending(self) -> int:
+    def pending(self) -> list[Token]:
         """Tokens held back."""
-        return len(self._tokens)
+        return [token for token, _, _ in self._tokens]
 
-    def push(self, token: Token, text: str) -> Found:
-        """Take one token and the text it completed."""
+    def push(self, token: Token | None, text: str) -> Found:
+        """Take one token and the text it completed; None for text whose token is settled already."""
+        if token is not None:
+            self._tokens.append((token, len(self._text), len(self._text) + len(text)))
         self._text += text
-        self._tokens.append((token, len(self._text)))
         at = self._text.find(self._marker)
         if at < 0:
             return self._release(len(self._text) - held_back(self._text, [self._marker]))
-        before: list[Token] = []
-        marker: list[Token] = []
-        start = 0
-        for each, end in self._tokens:
-            (before if start < at else marker).append(each)
-            start = end
+        before = [each for each, start, _ in self._tokens if start < at]
+        marker = [each for each, start, _ in self._tokens if start >= at]
         after = self._text[at + len(self._marker) :]
         found = Found(self._text[:at], before, marker, after)
         self._text, self._tokens = "", []
@@ -123,9 +121,14 @@ class MarkerFinder:
         """Everything held back: the marker will not come."""
         return self._release(len(self._text))
 
+    def drop(self) -> list[Token]:
+        """The tokens held back, which are marker tokens; their text is forgotten."""
+        tokens, self._text, self._tokens = self.pending, "", []
+        return tokens
+
     def _release(self, size: int) -> Found:
         """Settle the first `size` characters and the tokens that wrote only them."""
-        done = [token for token, end in self._tokens if end <= size]
-        self._tokens = [(token, end - size) for token, end in self._tokens[len(done) :]]
+        done = [token for token, _, end in self._tokens if end <= size]
+        self._tokens = [(each, start - size, end - size) for each, start, end in self._tokens[len(done) :]]
         before, self._text = self._text[:size], self._text[size:]
         return Found(before, done, [], None)

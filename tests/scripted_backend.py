@@ -39,9 +39,7 @@ class ScriptedBackend:
         exchanges: every request, in order of arrival.
     """
 
-    def __init__(
-        self, *, name: str = "scripted", model: Model | None = None, version: str = "0.32.0"
-    ) -> None:
+    def __init__(self, *, name: str = "scripted", model: Model | None = None, version: str = "0.32.0") -> None:
         self.name = name
         self.model = model or Model()
         self.default: Script | Reply | Callable[[Exchange], Script | Reply] = Script(
@@ -133,6 +131,8 @@ class _Connection(asyncio.Protocol):
         self._backend = backend
         self._running: Exchange | None = None
         self._served = 0
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._reset()
 
     def _reset(self) -> None:
@@ -152,7 +152,14 @@ class _Connection(asyncio.Protocol):
             return
         self._parser.feed_data(data)
 
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._writable.set()
         if self._running is not None:
             self._running.closed.set()
 
@@ -260,6 +267,7 @@ class _Connection(asyncio.Protocol):
             if not self._transport.is_closing():
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             await asyncio.sleep(0)  # let the other side see the pieces apart
+            await self._writable.wait()
 
 
 def _replaced(events: Iterator[bytes], script: Script) -> Iterator[bytes]:

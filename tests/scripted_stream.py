@@ -29,6 +29,7 @@ class Token:
 
 START_MARKER = (Token(THINK, "<think>"),)
 END_MARKER = (Token(END_THINK, "</think>"),)
+MARKERS = {"<think>": THINK, "</think>": END_THINK}
 
 
 def tokens(text: str) -> tuple[Token, ...]:
@@ -173,7 +174,7 @@ def prompt_ids(request: Json) -> list[int]:
     if isinstance(prompt, list):
         return [int(token) for token in (prompt[0] if prompt and isinstance(prompt[0], list) else prompt)]
     if prompt is not None:
-        return [token.id for token in tokens(str(prompt))]
+        return [MARKERS.get(token.text.strip(), token.id) for token in tokens(str(prompt))]
     ids = [BOS]
     for message in request.get("messages", []):
         content = message.get("content") or ""
@@ -280,9 +281,7 @@ class Stream:
         for start in range(0, len(parts), self.tokens_per_event):
             yield parts[start : start + self.tokens_per_event]
 
-    def _tokens(
-        self, choice: Choice, batch: Sequence[tuple[str, Token]], ids: list[int], *, is_last: bool
-    ) -> bytes:
+    def _tokens(self, choice: Choice, batch: Sequence[tuple[str, Token]], ids: list[int], *, is_last: bool) -> bytes:
         delta: Json = {}
         for kind, token in batch:
             for name, value in self.model.delta(kind, token, self.surface).items():

@@ -16,6 +16,7 @@ import gateway
 from gateway import errors
 from gateway.config import Config
 from gateway.config_load import load_config
+from gateway.extension import CapReport, Report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("[a-z]*.md"))]
@@ -33,11 +34,7 @@ def make_targets():
 def blocks(language):
     """Every fenced block of `language`, as (page, text)."""
     pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return [
-        (page.relative_to(ROOT).as_posix(), text)
-        for page in PAGES
-        for text in pattern.findall(page.read_text())
-    ]
+    return [(page.relative_to(ROOT).as_posix(), text) for page in PAGES for text in pattern.findall(page.read_text())]
 
 
 def error_classes():
@@ -82,9 +79,7 @@ def test_readme_shows_the_two_commands_on_its_first_screen():
 def test_every_make_command_that_is_named_exists():
     """Each `make X` in the README, CONTRIBUTING and the pages is a target of the Makefile."""
     pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
-    named = {
-        name for page in pages for name in re.findall(r"(?:^|[`\s])make ([a-z][a-z0-9-]*)", page.read_text())
-    }
+    named = {name for page in pages for name in re.findall(r"(?:^|[`\s])make ([a-z][a-z0-9-]*)", page.read_text())}
     assert {"serve", "test", "check", "bench"} <= named <= make_targets()
 
 
@@ -114,10 +109,16 @@ def test_every_configuration_key_is_documented():
     missing = [
         f"{top}: {name}"
         for top, name in sections_of(Config)
-        if top not in {"search", "agentic", "store"}
-        and not re.search(rf"`(?:\w+\.)?{name}[`.]", text_of[top])
+        if top not in {"search", "agentic", "store"} and not re.search(rf"`(?:\w+\.)?{name}[`.]", text_of[top])
     ]
     assert missing == []
+
+
+def test_every_field_of_the_extension_is_documented():
+    """Each field of the `thinkgate` object, and of its cap, has a row in docs/api.md."""
+    section = API[API.index("### The `thinkgate` extension") : API.index("### Headers")]
+    fields = [*Report.__struct_fields__, *(f"cap.{name}" for name in CapReport.__struct_fields__)]
+    assert [name for name in fields if f"`{name}`" not in section and name != "cap"] == []
 
 
 def test_every_metric_is_documented():

@@ -43,9 +43,7 @@ FOREIGN_ADDRESSES = tuple(
         ("deb.debian.", "org"),
     )
 )
-MACHINE_PATHS = tuple(
-    "".join(parts) for parts in (("/opt", "/wheels"), ("/opt", "/pypi"), ("/work", "/main"))
-)
+MACHINE_PATHS = tuple("".join(parts) for parts in (("/opt", "/wheels"), ("/opt", "/pypi"), ("/work", "/main")))
 
 
 def listed_files():
@@ -112,17 +110,13 @@ def test_every_test_states_a_behaviour():
 
 def test_no_module_is_called_after_nothing():
     """A module is named after its concept, so none is called utils or common."""
-    names = {
-        relative(path): {path.stem, *path.relative_to(ROOT).parts[:-1]} for path in python_files(*PACKAGES)
-    }
+    names = {relative(path): {path.stem, *path.relative_to(ROOT).parts[:-1]} for path in python_files(*PACKAGES)}
     assert {name for name, parts in names.items() if parts & FORBIDDEN_NAMES} == set()
 
 
 def test_top_level_is_the_documented_one():
     """The folders at the top are those of the table in docs/architecture.md."""
-    documented = set(
-        re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-    )
+    documented = set(re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE))
     present = {path.relative_to(ROOT).parts[0] for path in listed_files() if path.parent != ROOT}
     assert {name for name in present if not name.startswith(".")} <= documented
     assert {name for name in documented if not (ROOT / name).is_dir()} == set()
@@ -153,11 +147,7 @@ print(sorted(heavy & set(sys.modules)))
 @pytest.mark.parametrize("banned", PERMITTED)
 def test_banned_calls_stay_in_their_one_file(banned):
     """What pyproject.toml bans is used in its permitted file only, whatever a comment says to ruff."""
-    users = {
-        relative(path)
-        for path in python_files(*PACKAGES)
-        if re.search(banned, path.read_text(), re.MULTILINE)
-    }
+    users = {relative(path) for path in python_files(*PACKAGES) if re.search(banned, path.read_text(), re.MULTILINE)}
     assert users <= {PERMITTED[banned]}
 
 
@@ -190,9 +180,7 @@ def test_constraints_pin_every_dependency():
     ]
     wanted = [Requirement(text) for group in groups for text in group]
     assert pins[0].name == "torch"
-    assert [
-        r.name for r in wanted if not r.specifier.contains(versions.get(canonicalize_name(r.name), "0"))
-    ] == []
+    assert [r.name for r in wanted if not r.specifier.contains(versions.get(canonicalize_name(r.name), "0"))] == []
 
 
 def test_versions_agree():

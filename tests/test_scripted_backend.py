@@ -48,10 +48,7 @@ def ids(events: list[dict[str, Any]], index: int = 0) -> list[int]:
 def text(events: list[dict[str, Any]], field: str) -> str:
     """The text in one field of the first choice's deltas."""
     return "".join(
-        choice["delta"].get(field) or ""
-        for event in events
-        for choice in event["choices"]
-        if not choice["index"]
+        choice["delta"].get(field) or "" for event in events for choice in event["choices"] if not choice["index"]
     )
 
 
@@ -76,18 +73,14 @@ async def test_lying_model_ignores_the_cap(scripted: ScriptedBackend, client: ht
     assert len(text(await stream(client, thinking_token_budget=2), "reasoning").split()) == 8
 
 
-async def test_inline_markers_arrive_as_content_in_pieces(
-    scripted: ScriptedBackend, client: httpx.AsyncClient
-) -> None:
+async def test_inline_markers_arrive_as_content_in_pieces(scripted: ScriptedBackend, client: httpx.AsyncClient) -> None:
     """Without a reasoning parser the markers are content, split as their tokens are."""
     end = (Token(31, "</"), Token(32, "think"), Token(33, ">"))
     model = Model(field="inline", end_marker=end, start_marker=(Token(30, "<think>"),))
     scripted.queue(Script(say=[THINKS], model=model))
     events = await stream(client, max_tokens=40)
     assert text(events, "content") == "<think>a b c d e f g h</think>it is 42"
-    assert [c["delta"] for e in events for c in e["choices"] if c.get("token_ids") == [32]] == [
-        {"content": "think"}
-    ]
+    assert [c["delta"] for e in events for c in e["choices"] if c.get("token_ids") == [32]] == [{"content": "think"}]
 
 
 async def test_instant_mode_has_no_thinking(scripted: ScriptedBackend, client: httpx.AsyncClient) -> None:
@@ -99,9 +92,7 @@ async def test_instant_mode_has_no_thinking(scripted: ScriptedBackend, client: h
     assert events[0]["prompt_token_ids"][-2] == END_THINK
 
 
-async def test_choices_interleave_and_share_one_usage(
-    scripted: ScriptedBackend, client: httpx.AsyncClient
-) -> None:
+async def test_choices_interleave_and_share_one_usage(scripted: ScriptedBackend, client: httpx.AsyncClient) -> None:
     """Each choice has its own role and finish; usage counts the prompt once."""
     scripted.queue(Script(say=[THINKS, Say(answer=tokens("no"))]))
     events = await stream(client, n=3)
@@ -125,9 +116,7 @@ async def test_splitting_and_merging_change_no_event(
     assert len(ids(events)) == 5 + 1 + 7 + 1
 
 
-async def test_gate_holds_the_stream_until_opened(
-    scripted: ScriptedBackend, client: httpx.AsyncClient
-) -> None:
+async def test_gate_holds_the_stream_until_opened(scripted: ScriptedBackend, client: httpx.AsyncClient) -> None:
     """The events before a gate are sent, those behind it are not, until the test opens it."""
     gate = Gate()
     scripted.queue(Script(say=[THINKS], gates={3: gate}))
@@ -159,9 +148,7 @@ async def test_stream_can_die(scripted: ScriptedBackend, client: httpx.AsyncClie
 
 async def test_plain_answers_are_as_told(scripted: ScriptedBackend, client: httpx.AsyncClient) -> None:
     """Refusals, garbage and unknown routes are answered as the test says, or as vLLM would."""
-    scripted.queue(
-        refusal(400, "no", param="temperature"), Reply(status=200, body=b"<html>"), Reply(raw=b"x\r\n")
-    )
+    scripted.queue(refusal(400, "no", param="temperature"), Reply(status=200, body=b"<html>"), Reply(raw=b"x\r\n"))
     refused = await client.post("/v1/chat/completions", json=ASK)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, 400)
     assert (await client.post("/v1/chat/completions", json=ASK)).text == "<html>"
@@ -182,9 +169,7 @@ async def test_reused_connection_can_be_dropped(scripted: ScriptedBackend, clien
     assert len(scripted.exchanges) == 1
 
 
-async def test_whole_answer_says_what_the_stream_says(
-    scripted: ScriptedBackend, client: httpx.AsyncClient
-) -> None:
+async def test_whole_answer_says_what_the_stream_says(scripted: ScriptedBackend, client: httpx.AsyncClient) -> None:
     """Without streaming the same call gives the same tokens, texts and usage."""
     scripted.queue(Script(say=[THINKS]), Script(say=[THINKS]))
     events = await stream(client, thinking_token_budget=5)

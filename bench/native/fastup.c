@@ -14,6 +14,7 @@
  *   GET /__stats   requests, streams, tokens sent, connections, streams open now, streams abandoned
  */
 #define _GNU_SOURCE
+#include "heap.h"
 #include "shapes.h"
 
 #include <arpa/inet.h>
@@ -31,21 +32,20 @@
 
 #define INBUF (1 << 18)
 #define OUTBUF (1 << 16)
-#define MAXFD 8192
+#define MAXFD HEAP_MAX
 
 typedef struct {
+  waiter next;                          /* when the next token is due; 0 = as fast as it drains */
   int fd, inlen, outlen, outoff, wants_out, is_closing;
   int is_streaming, sent;               /* sent: stamped tokens so far; stream state */
   ask asked;
   course run;
-  uint64_t due;                         /* next token, ns; 0 = as fast as it drains */
-  int heap_pos;                         /* -1 when not waiting on the clock */
   char *in, *out;
 } conn;
 
 static conn *conns[MAXFD];
 static int ep, n_open, n_streaming, peak_streams;
-static uint64_t n_requests, n_streams, n_tokens, n_abandoned;
+static long n_requests, n_streams, n_tokens, n_abandoned;
 static struct { int think, answer, burst; uint64_t gap_us, first_us; } knob = {50, 50, 1, 0, 0};
 
 static uint64_t now_ns(void) {
@@ -54,42 +54,10 @@ static uint64_t now_ns(void) {
   return (uint64_t)t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-/* ---- min-heap of streams that wait for their next token ---- */
-
-static conn *heap[MAXFD];
-static int heap_n;
-
-static void heap_set(int i, conn *c) { heap[i] = c; c->heap_pos = i; }
-static void heap_up(int i) {
-  conn *c = heap[i];
-  for (; i && heap[(i - 1) / 2]->due > c->due; i = (i - 1) / 2) heap_set(i, heap[(i - 1) / 2]);
-  heap_set(i, c);
-}
-static void heap_down(int i) {
-  conn *c = heap[i];
-  for (int k; (k = 2 * i + 1) < heap_n; i = k) {
-    if (k + 1 < heap_n && heap[k + 1]->due < heap[k]->due) k++;
-    if (heap[k]->due >= c->due) break;
-    heap_set(i, heap[k]);
-  }
-  heap_set(i, c);
-}
-static void heap_push(conn *c) { heap_set(heap_n, c); heap_up(heap_n++); }
-static void heap_remove(conn *c) {
-  int i = c->heap_pos;
-  if (i < 0) return;
-  c->heap_pos = -1;
-  if (i == --heap_n) return;
-  conn *moved = heap[heap_n];
-  heap_set(i, moved);
-  heap_down(i);
-  heap_up(moved->heap_pos);
-}
-
 /* ---- connections ---- */
 
 static void drop(conn *c) {
-  heap_remove(c);
+  heap_remove(&c->next);
   if (c->is_streaming) { n_streaming--; n_abandoned++; }
   close(c->fd);
   conns[c->fd] = NULL;
@@ -179,11 +147,11 @@ static int pump(conn *c) {
       if (c->is_closing) { drop(c); return -1; }
       return handle(c);                  /* a pipelined request may be waiting */
     }
-    if (c->due) {
-      if (c->due > now_ns()) { if (c->heap_pos < 0) heap_push(c); return 0; }
-      heap_remove(c);
+    if (c->next.due) {
+      if (c->next.due > now_ns()) { if (c->next.pos < 0) heap_push(&c->next); return 0; }
+      heap_remove(&c->next);
       int n = next_slot(c);
-      c->due = knob.gap_us && c->sent < tokens ? c->due + n * knob.gap_us * 1000 : 0;
+      c->next.due = knob.gap_us && c->sent < tokens ? c->next.due + n * knob.gap_us * 1000 : 0;
     } else {
       for (int i = 0; i < knob.burst && c->sent <= tokens; i++) next_slot(c);
     }
@@ -199,20 +167,19 @@ static void begin_stream(conn *c, const ask *a) {
   c->sent = 0;
   c->asked = *a;
   c->run = plan_course(a, knob.think, knob.answer);
-  c->due = (knob.gap_us || knob.first_us) ? now_ns() + knob.first_us * 1000 : 0;
+  c->next.due = (knob.gap_us || knob.first_us) ? now_ns() + knob.first_us * 1000 : 0;
   n_streams++;
   if (++n_streaming > peak_streams) peak_streams = n_streaming;
 }
 
 /* ---- endpoints ---- */
 
-static void respond(conn *c, int code, const char *type, const char *b, int n) {
+static void respond(conn *c, const char *status, const char *type, const char *b, int n) {
   char h[256];
-  put(c, h, snprintf(h, sizeof h, "HTTP/1.1 %d %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n", code,
-                     code == 200 ? "OK" : code == 403 ? "Forbidden" : "Not Found", type, n));
+  put(c, h, snprintf(h, sizeof h, "HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n", status, type, n));
   put(c, b, n);
 }
-static void respond_json(conn *c, const char *b, int n) { respond(c, 200, "application/json", b, n); }
+static void respond_json(conn *c, const char *b, int n) { respond(c, "200 OK", "application/json", b, n); }
 
 /* The value of `key` in the query of a path. */
 static long query(const char *q, const char *end, const char *key, long dflt) {
@@ -239,18 +206,17 @@ static void get(conn *c, const char *path, const char *end) {
     respond_json(c, "{}", 2);
   } else if (IS("/__stats")) {
     respond_json(c, b, snprintf(b, sizeof b,
-      "{\"requests\":%llu,\"streams\":%llu,\"tokens\":%llu,\"connections\":%d,\"open_streams\":%d,"
-      "\"abandoned_streams\":%llu,\"peak_streams\":%d}",
-      (unsigned long long)n_requests, (unsigned long long)n_streams, (unsigned long long)n_tokens, n_open, n_streaming,
-      (unsigned long long)n_abandoned, peak_streams));
+      "{\"requests\":%ld,\"streams\":%ld,\"tokens\":%ld,\"connections\":%d,\"open_streams\":%d,"
+      "\"abandoned_streams\":%ld,\"peak_streams\":%d}",
+      n_requests, n_streams, n_tokens, n_open, n_streaming, n_abandoned, peak_streams));
   } else if (IS("/health")) {
-    respond(c, 200, "text/plain", "", 0);
+    respond(c, "200 OK", "text/plain", "", 0);
   } else if (IS("/version")) {
     respond_json(c, "{\"version\":\"0.32.0\"}", 20);
   } else if (IS("/v1/models")) {
     respond_json(c, b, model_list(b, sizeof b));
   } else if (IS("/metrics")) {
-    respond(c, 200, "text/plain; version=0.0.4", b, snprintf(b, sizeof b,
+    respond(c, "200 OK", "text/plain; version=0.0.4", b, snprintf(b, sizeof b,
       "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{model_name=\"bench-model\"} %d\n"
       "# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{model_name=\"bench-model\"} 0\n"
       "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{model_name=\"bench-model\"} 0\n", n_streaming));
@@ -272,9 +238,9 @@ static void post(conn *c, const char *path, int n, const char *body, int blen) {
   } else if (ENDS("/detokenize")) {
     respond_json(c, b, detokenized(b, sizeof b, body, blen));
   } else if (ENDS("/render") || ENDS("/derender")) {
-    respond(c, 403, "application/json", "{\"detail\":\"Forbidden\"}", 22);
+    respond(c, "403 Forbidden", "application/json", "{\"detail\":\"Forbidden\"}", 22);
   } else {
-    respond(c, 404, "application/json", "{\"detail\":\"Not Found\"}", 22);
+    respond(c, "404 Not Found", "application/json", "{\"detail\":\"Not Found\"}", 22);
   }
 }
 
@@ -352,7 +318,7 @@ static void accept_all(int ls) {
     if (fd >= MAXFD) { close(fd); continue; }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     conn *c = calloc(1, sizeof *c);
-    *c = (conn){.fd = fd, .heap_pos = -1, .in = malloc(INBUF), .out = malloc(OUTBUF)};
+    *c = (conn){.fd = fd, .next = {0, -1}, .in = malloc(INBUF), .out = malloc(OUTBUF)};
     conns[fd] = c;
     n_open++;
     struct epoll_event e = {.events = EPOLLIN, .data.fd = fd};
@@ -400,8 +366,8 @@ int main(int argc, char **argv) {
       if (ev[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) on_readable(c);
     }
     for (uint64_t t = now_ns(); heap_n && heap[0]->due <= t;) {
-      conn *c = heap[0];
-      heap_remove(c);
+      conn *c = (conn *)heap[0];
+      heap_remove(&c->next);
       pump(c);
     }
   }

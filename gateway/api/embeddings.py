@@ -2,65 +2,117 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Raw
 
 from budget.errors import HoldRefused
 from budget.ledger import Amounts
 from budget.tokens import TokenCounts
 from gateway.backends.events import UsageBody
+from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import refuse_field
 from gateway.edge import JSON
-from gateway.errors import LimitExceeded, UpstreamError
+from gateway.errors import UpstreamError
+from gateway.extension import EmbeddingReport, Spent, encode
 from gateway.prepare import find_model
-from gateway.request import parse_embedding
+from gateway.request import RawFields, parse_embedding
+from gateway.serve import refusal
 
 if TYPE_CHECKING:
+    from budget.ledger import Hold
     from gateway.app import Gateway
     from gateway.edge import Exchange
-    from gateway.models import Model
+    from gateway.errors import Headers
+    from gateway.models import Model, Slot
     from gateway.record import Record
+    from gateway.watch import Watched
+
+_fields_decoder = msgspec.json.Decoder(RawFields)
+_usage_decoder = msgspec.json.Decoder(UsageBody | None)
 
 
-class _Body(msgspec.Struct):
-    data: list[msgspec.Raw]
-    usage: UsageBody | None = None
-
-
-_decoder = msgspec.json.Decoder(_Body)
-
-
-async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record) -> None:
+async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:  # noqa: ARG001  # a handler's signature
     """POST /v1/embeddings. Raises: GatewayError."""
     serving = gateway.serving
-    server = serving.config.server
-    body = await exchange.body(server.max_body_bytes, server.timeouts.body_s)
     key = serving.keyring.identify(exchange.authorization)
     record.key = key.id
-    fields, raw = parse_embedding(body)
-    model = find_model(fields.model, serving.models, key)
+    body = await exchange.body(serving.config.server.max_body_bytes)
+    typed, raw = parse_embedding(body)
+    model = find_model(typed.model, serving.models, key)
+    record.model = model.name
     prompt = len(bytes(raw["input"]))
     ceiling = Amounts(tokens=prompt, nano_usd=model.prices.ceiling_nano_usd(prompt=prompt, thinking=0, answer=0))
-    slot = model.choose()
+    hold = gateway.ledger.hold((*key.scopes, model.scope), ceiling)
     try:
+        async with hold:
+            slot, answer = await _embed(model, raw, exchange)
+            rendered = _account(answer, model, slot, hold, exchange, record)
+            await exchange.respond(200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered)
+    except HoldRefused as exc:
+        raise refusal(exc, gateway.limit_headers(hold)) from exc
+
+
+async def _embed(model: Model, raw: RawFields, exchange: Exchange) -> tuple[Slot, bytes]:
+    """The answer of the best backend that can be reached, and which it was."""
+    tried: list[Slot] = []
+    while True:
+        slot = model.choose(without=tried)
         with slot as backend:
             if not isinstance(backend, HttpBackend):
                 raise refuse_field("input", backend.kind, "it has no embedding model; use a vllm backend")
-            async with gateway.ledger.hold((*key.scopes, model.scope), ceiling) as hold:
-                answer = await backend.embed(raw, exchange.trace)
-                hold.report(_used(answer, model))
-                headers = gateway.limit_headers(hold)
-    except HoldRefused as exc:
-        raise LimitExceeded(str(exc), kind=exc.kind, retry_after_s=exc.retry_after_s) from exc
-    await exchange.respond(200, [JSON, (b"x-thinkgate-backend", slot.config.id.encode()), *headers], answer)
+            waited_from = time.perf_counter()
+            try:
+                return slot, await backend.embed(raw, exchange.trace)
+            except UpstreamUnreachable as exc:
+                slot.mark_down(exc.message)
+                tried.append(slot)
+            finally:
+                exchange.wait_s += time.perf_counter() - waited_from
 
 
-def _used(answer: bytes, model: Model) -> Amounts:
+def _account(
+    answer: bytes, model: Model, slot: Slot, hold: Hold, exchange: Exchange, record: Record
+) -> bytes:
+    """The client's body: the backend's, its vectors as they came, with the public name and `thinkgate`.
+
+    Raises: UpstreamError when it is no embedding.
+    """
     try:
-        usage = _decoder.decode(answer).usage
-    except msgspec.DecodeError as exc:
+        fields: dict[str, Any] = _fields_decoder.decode(answer)
+        usage = _usage_decoder.decode(fields.get("usage", b"null"))
+    except (msgspec.DecodeError, RecursionError) as exc:
         raise UpstreamError("The backend answered with something that is no embedding.") from exc
-    counts = TokenCounts(prompt=usage.prompt_tokens if usage is not None else 0)
-    return Amounts(tokens=counts.total(), nano_usd=model.prices.cost_nano_usd(counts))
+    if not bytes(fields.get("data", b"")).startswith(b"["):
+        raise UpstreamError("The backend answered with something that is no embedding.")
+    # Without the backend's own count, the bound that was held is charged: too much rather than too little.
+    counts = TokenCounts(prompt=hold.ceiling.tokens if usage is None else usage.prompt_tokens)
+    settled = Amounts(tokens=counts.total(), nano_usd=model.prices.cost_nano_usd(counts))
+    hold.report(settled)
+    record.backend, record.counts, record.nano_usd = slot.config.id, counts, settled.nano_usd
+    report = EmbeddingReport(
+        tokens=counts,
+        hold=Spent.of(hold.ceiling),
+        settled=Spent.of(settled),
+        cost_usd=settled.nano_usd / 1e9,
+        backend=slot.config.id,
+        request_id=exchange.request_id,
+    )
+    if usage is None:
+        report.counted = "estimated"
+    if model.name != model.upstream:
+        fields["model"] = model.name
+    fields["thinkgate"] = Raw(encode(report))
+    return msgspec.json.encode(fields)
+
+
+def _headers(slot: Slot, exchange: Exchange, record: Record) -> Headers:
+    overhead_s = exchange.overhead_s()
+    record.first_byte(time.perf_counter() - exchange.began_s, overhead_s)
+    return [
+        (b"x-thinkgate-backend", slot.config.id.encode()),
+        (b"x-thinkgate-overhead-ms", b"%.3f" % (overhead_s * 1000)),
+    ]

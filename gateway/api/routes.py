@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from gateway.edge import Exchange
     from gateway.models import Model
     from gateway.record import Record
+    from gateway.watch import Watched
 
-Handler = Callable[["Gateway", "Exchange", "Record"], Awaitable[None]]
+Handler = Callable[["Gateway", "Exchange", "Record", "Watched"], Awaitable[None]]
 NOT_BUILT = {
     "/v1/responses": "use /v1/chat/completions",
     "/v1/messages": "use /v1/chat/completions",
@@ -43,14 +44,14 @@ NOT_BUILT = {
 }
 
 
-async def chat(gateway: Gateway, exchange: Exchange, record: Record) -> None:
+async def chat(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:
     """POST /v1/chat/completions."""
-    await serve_completion(gateway, exchange, "chat", record)
+    await serve_completion(gateway, exchange, "chat", record, watched)
 
 
-async def completions(gateway: Gateway, exchange: Exchange, record: Record) -> None:
+async def completions(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:
     """POST /v1/completions."""
-    await serve_completion(gateway, exchange, "completions", record)
+    await serve_completion(gateway, exchange, "completions", record, watched)
 
 
 HOT_ROUTES: dict[str, Handler] = {

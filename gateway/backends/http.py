@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HIGH_WATER_BYTES = 256 * 1024
 IDLE_KEEP_S = 3.0  # uvicorn, and so vLLM, closes idle connections after 5 s: be the first
+ENDING_S = 1.0  # how long an answer that was read to its end may take to end its HTTP message
 MAX_IDLE = 512
 
 
@@ -37,6 +38,8 @@ class Connection(asyncio.Protocol):
         "_buffered",
         "_error",
         "_head_done",
+        "_is_ending",
+        "_is_silent",
         "_keep_alive",
         "_loop",
         "_lost",
@@ -60,7 +63,8 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._body: list[bytes] = []
         self._buffered = 0
-        self._paused = self._lost = self._head_done = self._keep_alive = False
+        self._paused = self._lost = self._head_done = self._keep_alive = self._is_ending = False
+        self._is_silent = True
         self._error: Exception | None = None
         self.done = True
         self.reused = False
@@ -78,6 +82,7 @@ class Connection(asyncio.Protocol):
         if self.done:  # bytes nobody asked for: the connection cannot be trusted with another exchange
             self._transport.abort()
             return
+        self._is_silent = False
         self.last_read = self._loop.time()
         try:
             self._parser.feed_data(data)
@@ -110,20 +115,24 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Buffer a piece of the body."""
-        self._body.append(body)
-        self._buffered += len(body)
+        if not self._is_ending:
+            self._body.append(body)
+            self._buffered += len(body)
 
     def on_message_complete(self) -> None:
         """The answer is whole; the parser knows only now whether the connection may be kept."""
         if self.status >= 200:
             self.done = True
             self._keep_alive = self._parser.should_keep_alive()
+            if self._is_ending:
+                self.release()
 
     # -- what the pool and the backend call
     def start(self, data: bytes, *, first_byte_s: float) -> None:
         """Send one request; the previous exchange must be complete."""
         self._parser = httptools.HttpResponseParser(self)
-        self._head_done = self.done = self._keep_alive = False
+        self._head_done = self.done = self._keep_alive = self._is_ending = False
+        self._is_silent = True
         self.last_read = self._loop.time()
         self.deadline = self.last_read + first_byte_s
         self._transport.write(data)
@@ -168,24 +177,33 @@ class Connection(asyncio.Protocol):
             raise self._error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def end(self) -> None:
+        """Let the rest of the message, of which nothing is needed, arrive by itself; then back to the pool."""
+        self._is_ending = True
+        self._body.clear()
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
     def release(self) -> None:
         """End the exchange: back to the pool when complete, else close the connection at once."""
+        if self._is_ending and not self.done and not self._lost:
+            return
         if self.done and not self._lost and not self._body and self._keep_alive:
             self._pool.park(self)
         else:
             self._transport.abort()
 
     def abort(self, error: Exception) -> None:
-        """Fail the exchange with `error` and close the connection."""
+        """Close the connection; what has arrived may still be read, then the exchange fails with `error`."""
         if self._error is None:
             self._error = error
-        self._body.clear()
         self._transport.abort()
         self._wake()
 
     def is_stale(self) -> bool:
         """The peer closed this reused connection before it answered a single byte."""
-        return self._lost and self.reused and not self._head_done and not self._body
+        return self._lost and self.reused and self._is_silent
 
     def check_time(self, now: float, idle_s: float) -> None:
         """Fail the exchange if the backend has been silent too long; the sweep calls this."""
@@ -193,6 +211,8 @@ class Connection(asyncio.Protocol):
             return
         if not self._head_done and now > self.deadline:
             self.abort(DeadlinePassed("The backend did not begin its answer in time.", retry_after_s=1.0))
+        elif self._is_ending and now - self.last_read > ENDING_S:
+            self.abort(UpstreamError("The backend did not end its answer."))
         elif self._head_done and now - self.last_read > idle_s:
             self.abort(DeadlinePassed("The backend fell silent in the middle of its answer.", retry_after_s=1.0))
 
@@ -220,6 +240,9 @@ class Pool:
         url: `http://host:port` or `https://host/prefix`.
         headers: sent with every request, e.g. the backend's own credential.
         timeouts: how long to wait for what.
+
+    Attributes:
+        tls: what certificates are checked with; None for plain HTTP.
     """
 
     def __init__(self, url: str, *, headers: Sequence[tuple[str, str]] = (), timeouts: Timeouts) -> None:
@@ -228,7 +251,7 @@ class Pool:
         self.headers = dict(headers)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._prefix = parts.path.rstrip("/")
         self._fixed = f"HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\n" + "".join(
             f"{name}: {value}\r\n" for name, value in headers
@@ -287,12 +310,16 @@ class Pool:
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
                 _, connection = await self.loop.create_connection(
-                    lambda: Connection(self), self.host, self.port, ssl=self._ssl
+                    lambda: Connection(self), self.host, self.port, ssl=self.tls
                 )
         except (OSError, TimeoutError) as exc:
             raise UpstreamUnreachable("The backend cannot be reached.", retry_after_s=1.0) from exc
         self._open.add(connection)
         return connection
+
+    def busy(self) -> int:
+        """Connections that carry an exchange."""
+        return sum(not connection.done for connection in self._open)
 
     def park(self, connection: Connection) -> None:
         """Keep an idle connection for the next request."""

@@ -65,14 +65,19 @@ class HttpBackend:
             while not reader.is_done:
                 data = await connection.read()
                 out: list[Delta] = []
-                for event in splitter.feed(data) if data else splitter.finish():
-                    reader.read(event, out)
+                failure: UpstreamError | None = None
+                try:
+                    for event in splitter.feed(data) if data else splitter.finish():
+                        reader.read(event, out)
+                except UpstreamError as exc:
+                    failure = exc  # what came before it was received all the same, so it counts
                 if out:
                     yield out
+                if failure is not None:
+                    raise failure
                 if not data and not reader.is_done:
                     raise UpstreamError("The backend ended its stream before it was complete.")
-            while not connection.done and await connection.read():
-                pass  # the end of the HTTP message, so that the connection can be used again
+            connection.end()
         finally:
             connection.release()
         yield [Delta(usage=reader.usage)] if reader.usage is not None else []
@@ -138,7 +143,7 @@ class HttpBackend:
         is_openai = self.kind == "openai"
         total_field = "max_completion_tokens" if is_openai and "max_completion_tokens" in fields else "max_tokens"
         fields[total_field] = call.max_tokens
-        if call.n > 1 and call.surface == "chat":
+        if call.n > 1:
             fields["n"] = call.n
         if stream:
             fields["stream"] = True

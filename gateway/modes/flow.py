@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from budget.errors import EnvelopeSpent
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.port import Delta
-from gateway.errors import DeadlinePassed
+from gateway.errors import DeadlinePassed, UpstreamError
 
 if TYPE_CHECKING:
     from budget.envelope import Envelope
@@ -104,7 +104,8 @@ async def placed(run: Run) -> AsyncGenerator[list[Delta], None]:
 async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     """As `placed`, counted, reported, and ended when the envelope or the hold is used up.
 
-    Raises: DeadlinePassed when the envelope's seconds end before anything arrived.
+    Raises: DeadlinePassed when the envelope's seconds end before anything arrived, UpstreamError when the
+        backend says that it is done and a choice is not.
     """
     tally, envelope, finished = run.tally, run.envelope, run.finished
     is_bounded = envelope.is_bounded()
@@ -132,6 +133,8 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
             if now - reported_at > REPORT_EVERY_S:
                 reported_at = now
                 run.report()
+    if len(finished) < run.choices:
+        raise UpstreamError("The backend ended its stream before every choice was finished.")
 
 
 def _ended(run: Run, why: str) -> list[Delta]:

@@ -40,18 +40,20 @@ async def capped_flow(run: Run) -> AsyncGenerator[list[Delta], None]:
 
 
 def _within(run: Run, deltas: list[Delta], cap: int) -> list[Delta]:
-    """Deltas up to the cap; thinking tokens beyond it are moved to `wasted`."""
-    over = {index: used - cap for index, used in run.tally.thinking_by_choice.items() if used > cap}
+    """Deltas up to the cap; the thinking of one that goes beyond is moved to `wasted`: it reaches no client."""
+    used = dict(run.tally.thinking_by_choice)
+    for delta in deltas:
+        used[delta.index] = used.get(delta.index, 0) - delta.thinking
     kept = []
     for delta in deltas:
-        if delta.index in over and delta.thinking:
-            beyond = min(delta.thinking, over[delta.index])
-            over[delta.index] -= beyond
-            run.overrun += beyond
-            run.tally.waste(delta, beyond)
+        before = used[delta.index]
+        used[delta.index] += delta.thinking
+        if delta.thinking and used[delta.index] > cap:
+            run.overrun += used[delta.index] - max(cap, before)
+            run.tally.waste(delta)
             run.finished.discard(delta.index)
-            continue
-        kept.append(delta)
+        else:
+            kept.append(delta)
     return kept
 
 

@@ -23,7 +23,8 @@ import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-os.execvp(sys.argv[1], sys.argv[1:])
+if os.getppid() == int(sys.argv[1]):  # else it died before it was asked to say so
+    os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -68,7 +69,7 @@ class Child:
         self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _DIE_WITH_PARENT, *command],
+                [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
                 cwd=ROOT,
                 env=dict(env),
                 stdin=subprocess.DEVNULL,

@@ -28,7 +28,7 @@ def client(served: Gateway) -> OpenAI:
     return client_of(served)
 
 
-def reason(client: OpenAI, cap: int | None, *, stream: bool = False, total: int = 120, n: int = 1) -> Answer:
+def reason(client: OpenAI, cap: int | None, *, stream: bool = False, total: int | None = None, n: int = 1) -> Answer:
     """A request in reasoning mode whose model would think for ever."""
     thinkgate = {"mode": "reasoning"} | ({} if cap is None else {"thinking_tokens": cap})
     sampling: dict[str, Any] = {"n": n, "temperature": 1.0, "seed": 7} if n > 1 else {}
@@ -36,7 +36,7 @@ def reason(client: OpenAI, cap: int | None, *, stream: bool = False, total: int 
         client,
         QUESTION,
         stream=stream,
-        max_completion_tokens=total,
+        max_completion_tokens=total or (DEFAULT_CAP if cap is None else cap) + 24,
         logit_bias=NO_END,
         thinkgate=thinkgate,
         return_token_ids=True,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from budget.ledger import Amounts
 from gateway.app import Gateway
@@ -24,6 +25,7 @@ from gateway.backends.http import Pool
 from gateway.backends.http_backend import HttpBackend
 from gateway.config import Config
 from gateway.models import Slot
+from gateway.watch import Watched
 from tests.scripted_backend import ScriptedBackend
 
 Json = dict[str, Any]
@@ -73,6 +75,17 @@ class LogEvents(logging.Handler):
         return found[count - 1]
 
 
+class ClientProtocol(HttpToolsProtocol):
+    """uvicorn's, which says when a client's connection takes no more for now."""
+
+    blocked: asyncio.Event
+
+    def pause_writing(self) -> None:
+        """The transport's buffer is full."""
+        super().pause_writing()
+        self.blocked.set()
+
+
 @dataclass(slots=True)
 class Live:
     """A running gateway.
@@ -83,6 +96,7 @@ class Live:
         logs: what its loggers said.
         lines: request lines; complete after `finish_lines`.
         server: uvicorn.
+        blocked: set once a client does not read what it is sent.
     """
 
     gateway: Gateway
@@ -90,7 +104,7 @@ class Live:
     logs: LogEvents
     lines: io.StringIO
     server: uvicorn.Server
-    ended: bool = False
+    blocked: asyncio.Event
 
     def slot(self, number: int = 0) -> Slot:
         """One backend's slot."""
@@ -111,6 +125,11 @@ class Live:
         self.gateway.lines.close()
         return [json.loads(line) for line in self.lines.getvalue().splitlines()]
 
+    def watched(self) -> Watched:
+        """The one request being served."""
+        (watched,) = self.gateway.watch._running.values()
+        return watched
+
     async def idle(self) -> None:
         """Until no request is served any more."""
         async with asyncio.timeout(DEADLINE_S):
@@ -126,7 +145,7 @@ class Live:
             for slot in model.slots:
                 assert slot.in_flight == 0
                 assert isinstance(slot.backend, HttpBackend)
-                assert slot.backend.pool is not None
+                assert slot.backend.pool.busy() == 0
 
     async def stop(self) -> None:
         """End it as a test wants it ended: at once."""
@@ -151,11 +170,12 @@ async def live(tree: Json, *, up: int | None = None) -> AsyncIterator[Live]:
     logger.addHandler(logs)
     level = logger.level
     logger.setLevel(logging.INFO)
+    blocked = asyncio.Event()
     settings = uvicorn.Config(
         gateway,
         host="127.0.0.1",
         port=0,
-        http="httptools",
+        http=type("Protocol", (ClientProtocol,), {"blocked": blocked}),
         lifespan="on",
         access_log=False,
         log_config=None,
@@ -169,7 +189,7 @@ async def live(tree: Json, *, up: int | None = None) -> AsyncIterator[Live]:
         wanted = sum(len(model.backends) for model in config.models.values()) if up is None else up
         if wanted:
             await logs.wait("backend up", wanted)
-        running = Live(gateway, server.servers[0].sockets[0].getsockname()[1], logs, lines, server)
+        running = Live(gateway, server.servers[0].sockets[0].getsockname()[1], logs, lines, server, blocked)
         try:
             yield running
             await running.assert_settled()
@@ -299,6 +319,11 @@ class Client:
         assert payload is not None
         decoded: Json = json.loads(payload)
         return decoded
+
+    def received(self) -> bytes:
+        """What has arrived and was not read."""
+        arrived: bytes = bytes(self._reader._buffer)  # type: ignore[attr-defined]  # no other way to not wait
+        return self._pending + arrived
 
     async def answer(self) -> Answer:
         """The whole response."""
