@@ -119,7 +119,7 @@ class Gateway(FastAPI):
             record.ended_by = watched.reason or "disconnect"
             self.metrics.disconnects.add(scope["path"])
             await exchange.cut()
-        except Exception:  # noqa: BLE001  # a bug of ours: the client still gets an error in the usual form
+        except Exception:  # a bug of ours: the client still gets an error in the usual form
             log.exception("request failed", extra={"request_id": exchange.request_id})
             await self._fail(exchange, record, GatewayError("The gateway failed; its log has the request id."))
         finally:

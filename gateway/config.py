@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -19,7 +19,17 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 SMALLEST_USD = 1e-9
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
+
+
+def _is_variable(name: str) -> str:
+    if not VARIABLE.fullmatch(name):
+        raise ValueError("must be the name of an environment variable, not the secret itself")
+    return name
+
+
+Variable = Annotated[str, AfterValidator(_is_variable)]
 
 
 class Section(BaseModel):
@@ -54,7 +64,7 @@ class Server(Section):
     port: Port = 8080
     workers: PositiveInt = 1
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
-    admin_token_env: str = "THINKGATE_ADMIN_TOKEN"  # noqa: S105  # the name of a variable
+    admin_token_env: Variable = "THINKGATE_ADMIN_TOKEN"  # noqa: S105  # the name of a variable
     metrics: Metrics = Metrics()
     timeouts: Timeouts = Timeouts()
     media_hosts: tuple[str, ...] = ()
@@ -67,7 +77,7 @@ class BackendConfig(Section):
     url: str | None = None
     path: str | None = None
     kind: Literal["vllm", "openai", "embedded"] = "vllm"
-    api_key_env: str | None = None
+    api_key_env: Variable | None = None
     weight: float = Field(1, gt=0)
 
     @field_validator("url")
@@ -200,7 +210,7 @@ class KeyConfig(Section):
     """One API key: whose it is and what it may ask for. The secret itself never stands in the file."""
 
     id: str = Field(pattern=r"^\S{1,64}$")
-    secret_env: str | None = None
+    secret_env: Variable | None = None
     secret_sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     user: str | None = None
     team: str | None = None

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -141,13 +142,12 @@ def _override(tree: dict[str, object], name: str, text: str) -> str:
         value = _parse(text)
     except _NotYaml as exc:
         raise ConfigError(f"{name}: {text!r} is not a YAML value: {exc}") from exc
-    node: object = tree
+    node: Any = tree
     path = ""
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
-        key: str | int
         if isinstance(node, dict):
-            key = next((k for k in node if isinstance(k, str) and _env_name(k) == step), step)
+            key: str | int = next((k for k in node if isinstance(k, str) and _env_name(k) == step), step)
             path = f"{path}.{key}".lstrip(".")
             if not last and node.get(key) is None:
                 node[key] = {}
@@ -177,13 +177,19 @@ def _problems(exc: ValidationError, origins: Mapping[str, str]) -> list[str]:
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             message = "is not a key of this section; check the spelling against docs/config.md"
-        shown = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
+        shown = "" if _is_private(path, error["input"]) else f" (got {error['input']!r})"
         variable = next(
             (name for at, name in origins.items() if path == at or path.startswith((f"{at}.", f"{at}["))), ""
         )
         source = f" (set by {variable})" if variable else ""
         lines.append(f"{path}: {message}{shown}{source}" if path else message)
     return lines
+
+
+def _is_private(path: str, value: object) -> bool:
+    """Whether a value is too large to show, or may be a secret that stands in the wrong place."""
+    is_secret = path.endswith(("_env", "secret_sha256")) or (isinstance(value, str) and "@" in value)
+    return is_secret or isinstance(value, dict | list)
 
 
 def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -209,7 +215,7 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
 
 
 def backend_api_key(variable: str | None, *, where: str, env: Mapping[str, str] | None = None) -> str | None:
-    """The credential for a backend; `where` is the path of its entry. Raises: ConfigError when its variable is unset."""
+    """The credential for a backend; `where` is its entry's path. Raises: ConfigError when its variable is unset."""
     if variable is None:
         return None
     secret = environment(env).get(variable, "").strip()

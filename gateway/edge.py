@@ -132,10 +132,9 @@ class Exchange:
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole response."""
-        await self.start(
-            status,
-            [*headers, (b"content-length", b"%d" % len(body)), (b"x-request-id", self.request_id.encode())],
-        )
+        headers.append((b"content-length", b"%d" % len(body)))
+        headers.append((b"x-request-id", self.request_id.encode()))
+        await self.start(status, headers)
         await self.write(body, more=False)
 
     async def fail(self, error: GatewayError) -> None:

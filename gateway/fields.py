@@ -54,7 +54,7 @@ NOT_ON_VLLM = {
 }
 
 
-def upstream_fields(raw: RawFields, thinking: ThinkingConfig, *, kind: str, mode: str) -> dict[str, Raw]:
+def upstream_fields(raw: RawFields, switches: Switches, *, kind: str, mode: str) -> dict[str, Raw]:
     """The fields that ride along to a backend of `kind`, template switches included.
 
     Raises: InvalidRequest for a known field that such a backend cannot honour.
@@ -67,20 +67,39 @@ def upstream_fields(raw: RawFields, thinking: ThinkingConfig, *, kind: str, mode
             if bytes(fields[name]) not in {b"null", b"false"}:
                 raise refuse_field(name, kind, NOT_ON_VLLM[name])
     if "messages" in raw:
-        switches = _template_kwargs(raw.get("chat_template_kwargs"), thinking, mode)
-        if switches:
-            fields["chat_template_kwargs"] = Raw(msgspec.json.encode(switches))
+        kwargs = switches.encoded(mode, raw.get("chat_template_kwargs"))
+        if kwargs is not None:
+            fields["chat_template_kwargs"] = kwargs
     return fields
 
 
-def _template_kwargs(asked: Raw | None, thinking: ThinkingConfig, mode: str) -> dict[str, Any]:
-    kwargs: dict[str, Any] = dict(msgspec.json.decode(asked) or {}) if asked is not None else {}
-    for name in ("enable_thinking", "thinking"):
-        kwargs.pop(name, None)
-    off = thinking.off.get("chat_template_kwargs", {})
-    if mode == "instant":
-        return {**kwargs, **off} if isinstance(off, dict) else kwargs
-    return {**kwargs, **thinking_on(thinking.off)}
+class Switches:
+    """The template switches of a model's modes, encoded once.
+
+    Args:
+        thinking: where `off` says how thinking is switched off.
+    """
+
+    def __init__(self, thinking: ThinkingConfig) -> None:
+        off = thinking.off.get("chat_template_kwargs", {})
+        self._kwargs: dict[str, dict[str, Any]] = {
+            "instant": off if isinstance(off, dict) else {},
+            "reasoning": dict(thinking_on(thinking.off)),
+        }
+        self._alone = {mode: _raw_object(kwargs) for mode, kwargs in self._kwargs.items()}
+
+    def encoded(self, mode: str, asked: Raw | None) -> Raw | None:
+        """`chat_template_kwargs` for a mode: the client's own, less its thinking switches, and the mode's."""
+        if asked is None:
+            return self._alone[mode]
+        kwargs = dict(msgspec.json.decode(asked) or {})
+        for name in ("enable_thinking", "thinking"):
+            kwargs.pop(name, None)
+        return _raw_object({**kwargs, **self._kwargs[mode]})
+
+
+def _raw_object(kwargs: dict[str, Any]) -> Raw | None:
+    return Raw(msgspec.json.encode(kwargs)) if kwargs else None
 
 
 def thinking_on(off: dict[str, object]) -> dict[str, bool]:

@@ -19,6 +19,7 @@ from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Backend, Capabilities
 from gateway.config_load import backend_api_key
 from gateway.errors import GatewayError, Overloaded
+from gateway.fields import Switches
 from router.placement import Candidate, place
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Model:
         upstream: its name at the backends.
         kind: of all its backends.
         thinking: how it thinks.
+        switches: its template's switches for each mode.
         prices: what its tokens cost.
     """
 
@@ -119,6 +121,7 @@ class Model:
             # An unknown server may refuse template switches it never heard of.
             self.thinking = config.thinking.model_copy(update={"off": {}})
         self.scope = f"model:{name}"
+        self.switches = Switches(self.thinking)
         price = config.price_usd_per_mtok
         self.prices = (
             PriceTable()

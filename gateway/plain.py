@@ -29,6 +29,9 @@ class _Message(Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
 
+    def has_thinking(self) -> bool:
+        return bool(self.reasoning or self.reasoning_content)
+
 
 class _Choice(Struct):
     index: int
@@ -63,6 +66,7 @@ class PlainAnswer:
         except (msgspec.DecodeError, RecursionError) as exc:
             raise UpstreamError("The backend answered with something that is no completion.") from exc
         self._markers = markers
+        self._has_stray_thinking = False
 
     def count(self, tally: Tally) -> None:
         """Add what the answer used."""
@@ -70,6 +74,7 @@ class PlainAnswer:
             tally.usage = read_usage(self._typed.usage)
         for choice in self._typed.choices:
             if choice.token_ids is None:
+                self._has_stray_thinking |= choice.message is not None and choice.message.has_thinking()
                 continue
             tally.has_ids = True
             if self._markers is None or choice.message is None:
@@ -80,23 +85,22 @@ class PlainAnswer:
             tally.wasted += split.thinking  # the cap of instant mode is 0: what was thought is cut
             tally.answer += split.answer
             tally.injected += split.injected
+            self._has_stray_thinking |= split.thinking > 0
+        if self._has_stray_thinking and not tally.has_ids and tally.usage is not None:
+            tally.wasted, tally.usage.reasoning_tokens = tally.usage.reasoning_tokens or 0, 0
 
     def require(self, choices: int) -> None:
         """Raises: UpstreamError when choices are missing."""
         if len(self._typed.choices) < choices:
             raise UpstreamError("The backend answered with fewer choices than it was asked for.")
 
-    def render(
-        self, model: str | None, *, usage: bytes, extension: bytes, has_thinking: bool, wants_token_ids: bool
-    ) -> bytes:
-        """The client's body.
+    def render(self, model: str | None, *, usage: bytes, extension: bytes, wants_token_ids: bool) -> bytes:
+        """The client's body, once counted: thinking is cut, other text in `reasoning` is the answer.
 
         Args:
             model: public name, if it differs from the backend's.
             usage: as JSON.
             extension: the `thinkgate` object, as JSON.
-            has_thinking: tokens say the model did think, and that text is cut; else text in
-                `reasoning` is the answer.
             wants_token_ids: the client asked for ids.
         """
         fields: dict[str, Any] = self._fields
@@ -107,14 +111,12 @@ class PlainAnswer:
             fields["model"] = model
         fields["usage"] = Raw(usage)
         fields["thinkgate"] = Raw(extension)
-        if any(choice.token_ids for choice in self._typed.choices):
-            fields["choices"] = self._choices(has_thinking, wants_token_ids)
+        if self._has_stray_thinking or any(choice.token_ids for choice in self._typed.choices):
+            fields["choices"] = self._choices(wants_token_ids)
         return msgspec.json.encode(fields)
 
-    def _choices(self, has_thinking: bool, wants_token_ids: bool) -> list[Any] | Raw:
-        has_field = any(
-            c.message is not None and (c.message.reasoning or c.message.reasoning_content) for c in self._typed.choices
-        )
+    def _choices(self, wants_token_ids: bool) -> list[Any] | Raw:
+        has_field = any(c.message is not None and c.message.has_thinking() for c in self._typed.choices)
         if not has_field and len(self._typed.choices) == 1 and not wants_token_ids:
             return Raw(cut_token_ids(cut_prompt_ids(bytes(self._fields["choices"]))[0]))
         choices: list[Any] = msgspec.json.decode(self._fields["choices"])
@@ -125,7 +127,7 @@ class PlainAnswer:
             message = choice.get("message")
             if has_field and isinstance(message, dict):
                 text = "".join(message.pop(name, None) or "" for name in ("reasoning", "reasoning_content"))
-                message["content"] = ("" if has_thinking else text) + (message.get("content") or "")
+                message["content"] = ("" if self._has_stray_thinking else text) + (message.get("content") or "")
         return choices
 
     def _is_open(self) -> bool:

@@ -99,7 +99,7 @@ def prepare(
         surface=surface,
         request_id=request_id,
         model=model.upstream,
-        fields=upstream_fields(raw, thinking, kind=model.kind, mode=decision.mode),
+        fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode),
         thinking=Thinking(
             enabled=is_thinking,
             cap=cap_tokens if is_thinking else 0,

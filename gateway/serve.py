@@ -135,14 +135,12 @@ class Answer:
         answer = PlainAnswer(body, run.slot.backend.markers)  # type: ignore[union-attr]  # _complete placed it
         answer.count(run.tally)
         answer.require(prepared.choices)
-        has_thinking = run.tally.wasted > 0
         usage, extension = self._closing()
         model = prepared.model
         rendered = answer.render(
             None if model.name == model.upstream else model.name,
             usage=usage,
             extension=extension,
-            has_thinking=has_thinking,
             wants_token_ids=prepared.ask.wants_token_ids,
         )
         await self._exchange.respond(200, [JSON, *self._headers()], rendered)
@@ -208,21 +206,28 @@ class Answer:
             wants_token_ids=ask.wants_token_ids,
         )
         waited_from = time.perf_counter()
+        chunk = b""
         try:
             async with aclosing(self._deltas()) as batches:
                 async for deltas in batches:
+                    chunk = encoder.encode(deltas)
                     if not exchange.has_started:
-                        exchange.wait_s += time.perf_counter() - waited_from
-                        await exchange.start(200, [*EVENT_STREAM, *self._id_header(), *self._headers()])
-                    if chunk := encoder.encode(deltas):
+                        await self._begin(waited_from)
+                    if chunk:
                         await exchange.write(chunk)
+                        chunk = b""
         except asyncio.CancelledError:
-            chunk = encoder.encode(self._end_at_deadline())
+            # A write that is cancelled has not written: it was waiting for the client.
+            chunk += encoder.encode(self._end_at_deadline())
             if not exchange.has_started:
-                await exchange.start(200, [*EVENT_STREAM, *self._id_header(), *self._headers()])
+                await self._begin(waited_from)
             await exchange.write(chunk)
         usage, extension = self._closing()
         await exchange.write(encoder.finish(extension, usage if ask.include_usage else None), more=False)
+
+    async def _begin(self, waited_from_s: float) -> None:
+        self._exchange.wait_s += time.perf_counter() - waited_from_s
+        await self._exchange.start(200, [*EVENT_STREAM, *self._id_header(), *self._headers()])
 
     def _end_at_deadline(self) -> list[Delta]:
         """The finishes of a call whose time is over, if anything arrived. Else raises on."""

@@ -51,7 +51,9 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
         async with hold:
             slot, answer = await _embed(model, raw, exchange)
             rendered = _account(answer, model, slot, hold, exchange, record)
-            await exchange.respond(200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered)
+            await exchange.respond(
+                200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered
+            )
     except HoldRefused as exc:
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
@@ -74,9 +76,7 @@ async def _embed(model: Model, raw: RawFields, exchange: Exchange) -> tuple[Slot
                 exchange.wait_s += time.perf_counter() - waited_from
 
 
-def _account(
-    answer: bytes, model: Model, slot: Slot, hold: Hold, exchange: Exchange, record: Record
-) -> bytes:
+def _account(answer: bytes, model: Model, slot: Slot, hold: Hold, exchange: Exchange, record: Record) -> bytes:
     """The client's body: the backend's, its vectors as they came, with the public name and `thinkgate`.
 
     Raises: UpstreamError when it is no embedding.

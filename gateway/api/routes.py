@@ -44,14 +44,14 @@ NOT_BUILT = {
 }
 
 
-async def chat(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:
+def chat(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> Awaitable[None]:
     """POST /v1/chat/completions."""
-    await serve_completion(gateway, exchange, "chat", record, watched)
+    return serve_completion(gateway, exchange, "chat", record, watched)
 
 
-async def completions(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:
+def completions(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> Awaitable[None]:
     """POST /v1/completions."""
-    await serve_completion(gateway, exchange, "completions", record, watched)
+    return serve_completion(gateway, exchange, "completions", record, watched)
 
 
 HOT_ROUTES: dict[str, Handler] = {

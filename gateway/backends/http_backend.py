@@ -6,7 +6,7 @@ reading streams (reader.py), measuring capabilities (probe.py).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -112,8 +112,8 @@ class HttpBackend:
         """Close every connection."""
         self.pool.close()
 
-    async def _send(self, call: Call, body: bytes) -> Connection:
-        return await self.pool.send(PATHS[call.surface], body, extra_headers=call.trace_headers)
+    def _send(self, call: Call, body: bytes) -> Awaitable[Connection]:
+        return self.pool.send(PATHS[call.surface], body, extra_headers=call.trace_headers)
 
     async def _check_status(self, connection: Connection) -> None:
         status = connection.status
@@ -148,7 +148,10 @@ class HttpBackend:
         if stream:
             fields["stream"] = True
             fields["stream_options"] = {"include_usage": True}
-        if self.capabilities.token_ids_out:
+        # A whole answer needs no ids to be counted where instant mode was measured to be quiet.
+        if self.capabilities.token_ids_out and (
+            stream or call.wants_token_ids or not self.capabilities.instant_is_quiet
+        ):
             fields["return_token_ids"] = True
             if stream and not call.is_live:
                 fields["stream_interval"] = STREAM_INTERVAL_TOKENS

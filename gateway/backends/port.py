@@ -149,6 +149,7 @@ class Capabilities:
         token_ids_out: returns token ids when asked.
         cached_tokens: reports cached prompt tokens.
         tools: takes tools.
+        instant_is_quiet: with the no-think switch the model did not think, and its answer came as content.
         max_model_len: context window in tokens; None if it does not say.
         detail: one remark per capability for `thinkgate check`, e.g. why something is unknown.
     """
@@ -160,6 +161,7 @@ class Capabilities:
     token_ids_out: bool = False
     cached_tokens: bool = False
     tools: bool | None = None
+    instant_is_quiet: bool = False
     max_model_len: int | None = None
     detail: Mapping[str, str] = field(default_factory=dict)
 

@@ -108,19 +108,27 @@ class _Prober:
         body = {"model": self._backend.upstream_model, "prompt": [token_id], "max_tokens": 1}
         return (await self.ask("POST", "/v1/completions", body)).status == 200
 
+    async def is_quiet(self, markers: MarkerIds | None) -> bool:
+        """Whether the no-think switch is obeyed and the answer then lands in the content."""
+        answer = await self.chat(**self._backend.thinking.off)
+        message = answer.message()
+        if answer.status != 200 or message.get("reasoning") or message.get("reasoning_content"):
+            return False
+        return markers is None or count_thinking(answer, markers) == (0, True)
+
     async def chat(self, **more: object) -> _Answer:
         """A short thinking call."""
         body: dict[str, Any] = {
             "model": self._backend.upstream_model,
             "messages": [{"role": "user", "content": QUESTION}],
             "max_tokens": PROBE_MAX_TOKENS,
-            **more,
         }
         if self._backend.kind == "vllm":
             body |= {"temperature": 0, "min_tokens": PROBE_MIN_TOKENS, "return_token_ids": True}
             on = thinking_on(self._backend.thinking.off)
             if on:
                 body["chat_template_kwargs"] = on
+        body |= more
         return await self.ask("POST", "/v1/chat/completions", body)
 
 
@@ -154,6 +162,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             prober.detail["cap"] = "cannot be measured without token ids and single-token markers"
         else:
             prober.detail["cap"] = "an OpenAI-compatible server gives nothing to measure it by"
+        quiet = await prober.is_quiet(markers)
         usage = free.body.get("usage")
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         return Capabilities(
@@ -164,6 +173,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             token_ids_out=ids_out,
             cached_tokens=isinstance(details, dict) and details.get("cached_tokens") is not None,
             tools=tools,
+            instant_is_quiet=quiet,
             max_model_len=max_len,
             detail=prober.detail,
         ), markers

@@ -145,3 +145,22 @@ async def test_slow_client_at_its_deadline_is_given_up(scripted: ScriptedBackend
         line = gateway.request_lines()[0]
     assert line["ended_by"] == "slow_client"
     assert line["tokens"]["answer"] * TOKEN_BYTES < 10_000_000
+
+
+async def test_goodbye_that_is_not_read_is_not_waited_for(
+    scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that never reads cannot hold up the end of its request: its error event is given up, it is cut."""
+    monkeypatch.setattr("gateway.edge.FAIL_S", 0.05)
+    async with live(tree_of(scripted)) as gateway:
+        scripted.forget()
+        scripted.queue(Script(say=[ENDLESS], events_per_write=20))
+        async with Client(gateway.port, receive_buffer_bytes=4096) as client:
+            client.send(NEVER_READS)
+            await client.head()
+            await gateway.blocked.wait()
+            gateway.gateway.watch.cancel_all()
+            await scripted.calls[0].wait_closed()
+            await gateway.assert_settled()
+            assert b"data: {\"error\"" not in await client.closed()
+    assert gateway.request_lines()[0]["ended_by"] == "drain"
