@@ -107,10 +107,7 @@ class Gateway(FastAPI):
         record = Record(exchange, scope["path"])
         watched = self.watch.over(exchange)
         try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowed(f"Use POST for {scope['path']}.", allow="POST")
-            if self.is_draining:
-                raise Overloaded("The server is shutting down.")
+            self._admit(scope)
             with watched:
                 await route(self, exchange, record, watched)
         except GatewayError as exc:
@@ -125,6 +122,12 @@ class Gateway(FastAPI):
         finally:
             record.ended_by = record.ended_by or watched.reason
             record.publish(self.metrics, self.lines, now_s=time.time())
+
+    def _admit(self, scope: Scope) -> None:
+        if scope["method"] != "POST":
+            raise MethodNotAllowed(f"Use POST for {scope['path']}.", allow="POST")
+        if self.is_draining:
+            raise Overloaded("The server is shutting down.")
 
     async def _fail(self, exchange: Exchange, record: Record, error: GatewayError) -> None:
         record.error = error.code or error.type

@@ -85,6 +85,8 @@ def prepare(
     ask, raw = _ask(body, surface, models, config)
     model = find_model(ask.model, models, key)
     check_choices(ask.n, ask.prompts, model.config.max_n)
+    if ask.answer_floor is not None:
+        _check_floor(ask, ask.answer_floor, model)
     bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
     decision = _decide(ask, key, bounds, config)
     cap, report = _cap(ask, decision.mode, bounds, model)
@@ -139,6 +141,18 @@ def find_model(name: str, models: Mapping[str, Model], key: Key) -> Model:
     return model
 
 
+def _check_floor(ask: Ask, floor: int, model: Model) -> None:
+    """Raises: InvalidRequest when no answer can be as long as the request's own floor."""
+    most = model.config.answer.max_tokens if ask.total_max is None else ask.total_max
+    if floor > most:
+        limit = "this model's answer.max_tokens" if ask.total_max is None else f"`{ask.total_field}`"
+        raise InvalidRequest(
+            f"`thinkgate.answer_tokens_min` is {floor}, but the most that fits is {most}: {limit}.",
+            param="thinkgate.answer_tokens_min",
+            code="answer_floor_too_high",
+        )
+
+
 def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config) -> ModeDecision:
     facts = ModeFacts(
         asked=ask.mode,
@@ -175,7 +189,7 @@ def _cap(ask: Ask, mode: Mode, bounds: Bounds, model: Model) -> tuple[Cap | None
             param=ask.thinking_field,
             code="thinking_budget_too_high",
         ) from exc
-    if not binds and explicit is not None:
+    if not binds and explicit is not None and explicit != UNCAPPED:
         raise InvalidRequest(
             f"`{ask.thinking_field}`: no backend of {model.name!r} was measured to hold a thinking cap"
             f" ({why_not}), and two-phase enforcement is not built yet: leave the cap out or use instant mode.",

@@ -107,8 +107,8 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     Raises: DeadlinePassed when the envelope's seconds end before anything arrived, UpstreamError when the
         backend says that it is done and a choice is not.
     """
-    tally, envelope, finished = run.tally, run.envelope, run.finished
-    is_bounded = envelope.is_bounded()
+    tally, finished = run.tally, run.finished
+    is_bounded = run.envelope.is_bounded()
     most_output = run.call.max_tokens * run.choices
     reported_at = run.clock()
     async with aclosing(placed(run)) as batches:
@@ -119,22 +119,25 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
                     finished.add(delta.index)
             yield deltas
             now = run.clock()
-            if is_bounded:
-                counts = tally.counts()
-                used = tally.amounts(counts)
-                try:
-                    envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=now)
-                except EnvelopeSpent as exc:
-                    yield _ended(run, f"envelope.{exc.part}")
-                    return
-            if tally.output() > most_output and len(finished) < run.choices:
-                yield _ended(run, "hold")
+            spent = _spent(run, now) if is_bounded else None
+            if spent is not None or (tally.output() > most_output and len(finished) < run.choices):
+                yield _ended(run, spent or "hold")
                 return
             if now - reported_at > REPORT_EVERY_S:
                 reported_at = now
                 run.report()
     if len(finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")
+
+
+def _spent(run: Run, now_s: float) -> str | None:
+    """The part of the envelope that is used up, or None."""
+    used = run.tally.amounts(run.tally.counts())
+    try:
+        run.envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=now_s)
+    except EnvelopeSpent as exc:
+        return f"envelope.{exc.part}"
+    return None
 
 
 def _ended(run: Run, why: str) -> list[Delta]:

@@ -47,6 +47,12 @@ def run(model, given, *, n=1, thinking=None, sampling=None, **stopping):
     return outputs, last
 
 
+def row_after(model, token_ids):
+    """Logits after a text that is read at once, without any cache to go by."""
+    with torch.inference_mode():
+        return model.network.step(model.network.new_cache(), token_ids)[-1].clone()
+
+
 def ids(outputs, index=0):
     return [token.id for out in outputs for token in out.tokens if out.index == index]
 
@@ -64,7 +70,7 @@ def test_greedy_tokens_are_those_of_the_network_without_a_cache(llama):
     outputs, _ = run(llama, PROMPT, ignore_eos=True)
     so_far = llama.tokens.encode("the thin")
     for token_id in ids(outputs):
-        row = llama.network.step(llama.network.new_cache(), so_far)[-1]
+        row = row_after(llama, so_far)
         assert token_id == int(row.argmax())
         so_far.append(token_id)
 
@@ -83,7 +89,8 @@ def test_a_prefill_in_portions_is_the_same_prefill(llama, monkeypatch):
 def test_the_cap_is_exact_on_a_model_that_would_think_on(cap, marker):
     """A random model that never closes its chain is closed at the cap, in the KV cache too."""
     model = tiny_llama(tiny_tokenizer(single_markers=marker == "one token", template=OPENED))
-    banned = {i: -100.0 for i in [*model.tokens.eos, *model.tokens.marker(END).ids]}
+    markers = [*model.tokens.marker(START).ids, *model.tokens.marker(END).ids]
+    banned = {i: -100.0 for i in [*model.tokens.eos, *markers]}
     rules = ThinkingRules(enabled=True, cap=cap, wrap_up="so.\n")
     sampling = Sampling(seed=3, logit_bias=banned)
     outputs, last = run(model, ChatInput(messages=HI), thinking=rules, sampling=sampling, max_tokens=80)
@@ -96,7 +103,7 @@ def test_the_cap_is_exact_on_a_model_that_would_think_on(cap, marker):
     prompt = model.tokens.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n")
     greedy, _ = run(model, ChatInput(messages=HI), thinking=rules, sampling=Sampling(temperature=0, logit_bias=banned))
     shown = [*prompt, *ids(greedy)]
-    row = model.network.step(model.network.new_cache(), shown[:-1])[-1]
+    row = row_after(model, shown[:-1])
     row[list(banned)] -= 100
     assert shown[-1] == int(row.argmax())
 
@@ -196,7 +203,7 @@ def test_every_token_has_its_log_probability(llama, cap):
     tokens = [token for out in outputs for token in out.tokens]
     so_far = llama.tokens.encode(f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{START}\n")
     for token in tokens:
-        row = llama.network.step(llama.network.new_cache(), so_far)[-1].log_softmax(-1)
+        row = row_after(llama, so_far).log_softmax(-1)
         assert token.logprob.chosen == pytest.approx(float(row[token.id]), abs=1e-3)
         assert [i for i, _ in token.logprob.top] == row.topk(3).indices.tolist()
         so_far.append(token.id)

@@ -47,7 +47,7 @@ def tiny_tokenizer(*, single_markers: bool = True, template: str = CHATML) -> Pr
     return made
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, max_len: int = 512) -> LanguageModel:
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, max_len: int = 1024) -> LanguageModel:
     """A two-layer Llama with random weights; its logits have padding rows beyond the vocabulary."""
     torch.manual_seed(11)
     config = LlamaConfig(
