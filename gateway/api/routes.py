@@ -111,14 +111,19 @@ def _add_health(gateway: Gateway) -> None:
 
     @gateway.get("/health/ready")
     async def ready() -> Response:
-        """Every model has a backend that is up, and the server is not draining."""
+        """Some model has a backend that is up, and the server is not draining; `down` names the others."""
         if gateway.is_draining:
             return error_response(Overloaded("The server is shutting down."))
-        down = [m.name for m in gateway.serving.models.values() if not any(slot.is_up for slot in m.slots)]
-        if down:
-            reasons = [slot.failure for slot in gateway.serving.models[down[0]].slots]
-            return error_response(Overloaded(f"No backend is up for {', '.join(down)}: {'; '.join(reasons)}"))
-        return JSONResponse({"status": "ok", "models": sorted(gateway.serving.models)})
+        up, down = [], {}
+        for model in gateway.serving.models.values():
+            if any(slot.is_up for slot in model.slots):
+                up.append(model.name)
+            else:
+                down[model.name] = "; ".join(slot.failure for slot in model.slots)
+        if not up:
+            reasons = " ".join(f"{name}: {why}" for name, why in down.items())
+            return error_response(Overloaded(f"No backend is up. {reasons}"))
+        return JSONResponse({"status": "ok", "models": sorted(up), "down": down})
 
     @gateway.get("/version")
     async def version() -> JSONResponse:

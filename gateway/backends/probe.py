@@ -82,10 +82,10 @@ class _Prober:
         if answer.status != 200:
             raise UpstreamError(f"The backend does not list its models ({answer.error()}).")
         entries = answer.body.get("data")
-        names = {e.get("id"): e for e in entries if isinstance(e, dict)} if isinstance(entries, list) else {}
+        names = {str(e.get("id")): e for e in _list(entries) if isinstance(e, dict)}
         wanted = self._backend.upstream_model
         if names and wanted not in names:
-            raise UpstreamError(f"The backend serves {sorted(map(str, names))}, not {wanted!r}: set upstream_model.")
+            raise UpstreamError(f"The backend serves {sorted(names)}, not {wanted!r}: set upstream_model.")
         length = names.get(wanted, {}).get("max_model_len")
         return length if isinstance(length, int) else None
 
@@ -100,8 +100,8 @@ class _Prober:
     async def _single_token(self, text: str) -> int | None:
         body = {"model": self._backend.upstream_model, "prompt": text, "add_special_tokens": False}
         answer = await self.ask("POST", "/tokenize", body)
-        tokens = answer.body.get("tokens")
-        return tokens[0] if answer.status == 200 and isinstance(tokens, list) and len(tokens) == 1 else None
+        tokens = _list(answer.body.get("tokens"))
+        return tokens[0] if answer.status == 200 and len(tokens) == 1 and isinstance(tokens[0], int) else None
 
     async def takes_ids(self, token_id: int) -> bool:
         """Whether `/v1/completions` takes a prompt of token ids."""
@@ -198,13 +198,17 @@ async def _cap_binds(prober: _Prober, markers: MarkerIds, free_thinking: int, na
 
 def count_thinking(answer: _Answer, markers: MarkerIds) -> tuple[int, bool]:
     """Thinking tokens of an answer by its ids, and whether the thinking was closed."""
-    prompt = answer.body.get("prompt_token_ids") or []
+    prompt = _list(answer.body.get("prompt_token_ids"))
     is_open = next(
         (token == markers.start for token in reversed(prompt) if token in (markers.start, markers.end)), False
     )
     meter = ThinkingMeter(markers.start, markers.end, cap=None, is_open=is_open)
-    meter.feed(answer.choice().get("token_ids") or [])
+    meter.feed(_list(answer.choice().get("token_ids")))
     return meter.thinking, not meter.is_open
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _thinking_field(answer: _Answer, backend: HttpBackend) -> str | None:

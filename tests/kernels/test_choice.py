@@ -96,7 +96,7 @@ def test_the_cap_ends_thinking_exactly(cap, single):
     """A model that would think on gets exactly `cap` tokens, then wrap-up and end marker, then it answers."""
     script = Script()
     choice = script.choice(script.plan(cap, single=single, opens=False), chain_open=True)
-    heard = drive(choice, letters(script, cap) + [script.id_of("!"), EOS])
+    heard = drive(choice, [*letters(script, cap), script.id_of("!"), EOS])
     wrap = WRAP_UP if cap else ""
     assert heard.thinking == "".join("abcdefghij"[i % 10] for i in range(cap)) + wrap
     assert heard.answer == "!"

@@ -131,7 +131,7 @@ def test_prompt_and_output_must_fit_the_window(chatml):
     assert chat.param == "max_completion_tokens"
     long_chat = refusal(chatml, ChatInput(messages=[{"role": "user", "content": "x" * 300}]), options())
     assert long_chat.param == "messages"
-    assert compose(chatml, given, options(max_tokens=190))
+    assert compose(chatml, given, options(max_tokens=190)).prompts
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ here waits for time to pass.
 
 import queue
 import threading
+from typing import Any
 
 import pytest
 
 from kernels.engine import Engine
 from kernels.errors import EngineClosed, GenerationFailed, ModelUnusable, QueueFull
 from kernels.model import load_model
-from kernels.params import CompletionInput, Failed, Finished, Options, Output, Stopping
+from kernels.params import CompletionInput, Finished, Options, Output, Stopping
 from tests.kernels.tiny import scripted, tiny_llama, tiny_tokenizer
 
 WAIT_S = 10
@@ -21,14 +22,15 @@ WAIT_S = 10
 class Caller:
     """Somebody who submits requests and hears the events."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, deliver=None):
         self.engine = engine
-        self.heard = queue.Queue()
+        self.heard: queue.Queue[Any] = queue.Queue()
+        self.deliver = deliver or self.heard.put
 
     def ask(self, *, max_tokens=3, priority=0, prompt="go"):
         asked = Options(request_id="r", priority=priority, stopping=Stopping(max_tokens=max_tokens, ignore_eos=True))
         request = self.engine.compose(CompletionInput(prompts=(prompt,)), asked)
-        self.ticket = self.engine.submit(request, self.heard.put)
+        self.ticket = self.engine.submit(request, self.deliver)
         return self
 
     def next(self):
@@ -80,14 +82,11 @@ def test_a_request_is_answered(engine):
 
 def test_the_queue_goes_by_priority_and_then_by_arrival(engine, gate, model):
     """Lower priority values go first, equal ones in order of arrival, whatever already runs."""
-    done = []
+    done: list[tuple[str, object]] = []
     first = Caller(engine).ask()
     reached(model)
-    late, early = Caller(engine), Caller(engine)
-    late.heard.put = lambda event: done.append(("late", event))
-    early.heard.put = lambda event: done.append(("early", event))
-    late.ask(priority=5)
-    early.ask(priority=1)
+    Caller(engine, lambda event: done.append(("late", event))).ask(priority=5)
+    Caller(engine, lambda event: done.append(("early", event))).ask(priority=1)
     gate.release(1000)
     assert isinstance(first.all()[-1], Finished)
     assert engine.wait_until_idle(WAIT_S)
@@ -96,13 +95,11 @@ def test_the_queue_goes_by_priority_and_then_by_arrival(engine, gate, model):
 
 def test_equal_priorities_keep_their_order(engine, gate, model):
     """Requests of one class are served first come, first served."""
-    done = []
+    done: list[tuple[str, object]] = []
     Caller(engine).ask()
     reached(model)
-    for name in ("a", "b"):
-        caller = Caller(engine)
-        caller.heard.put = lambda event, name=name: done.append((name, event))
-        caller.ask()
+    Caller(engine, lambda event: done.append(("a", event))).ask()
+    Caller(engine, lambda event: done.append(("b", event))).ask()
     gate.release(1000)
     assert engine.wait_until_idle(WAIT_S)
     assert [name for name, event in done if isinstance(event, Finished)] == ["a", "b"]
@@ -213,7 +210,7 @@ def test_a_folder_is_loaded_and_served(tmp_path):
     module.generation_config.do_sample = True
     module.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    said = []
+    said: list[str] = []
     engine = Engine.load(str(tmp_path), say=said.append, device="cpu")
     try:
         assert (engine.defaults, engine.model.max_len) == ({"temperature": 0.25, "top_k": 7}, 128)

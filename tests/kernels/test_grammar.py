@@ -1,6 +1,7 @@
 """Grammars: what they let through, token by token."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from kernels.grammar import Constraint, schema_grammar, tools_grammar
 from kernels.tokens import Tokens
 from tests.kernels.tiny import tiny_tokenizer
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "name": "get_weather",
     "parameters": {
         "type": "object",
@@ -143,7 +144,7 @@ def test_parameters_that_are_no_schema_are_refused_by_name():
 def test_tools_are_lenient_unless_strict():
     """A keyword nobody implements is description in a tool, and an error in a strict one."""
     odd = {"name": "f", "parameters": {"type": "array", "uniqueItems": True}}
-    arguments = {"is_required": True, "is_parallel": True, "marker_ids": None, "response_schema": None}
+    arguments: dict[str, Any] = {"is_required": True, "is_parallel": True, "marker_ids": None, "response_schema": None}
     assert tools_grammar([odd], **arguments)
     with pytest.raises(RequestRefused):
         tools_grammar([{**odd, "strict": True}], **arguments)

