@@ -60,33 +60,40 @@ class Aggregator:
             if delta.usage is not None:
                 continue
             choice = self._choices.setdefault(delta.index, _Choice())
-            if delta.text:
-                (choice.thinking if delta.kind is Kind.THINKING else choice.answer).append(delta.text)
-            if delta.tool_calls is not None:
-                _merge_tool_calls(choice.tool_calls, _objects(delta.tool_calls))
-            if delta.logprobs is not None:
-                _merge_logprobs(choice.logprobs, _objects(delta.logprobs))
-            if self._ids:
-                choice.token_ids += delta.token_ids
-                choice.prompt_token_ids = delta.prompt_token_ids or choice.prompt_token_ids
             if delta.finish_reason is not None:
                 choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+            if self._ids and delta.prompt_token_ids is not None:
+                choice.prompt_token_ids = delta.prompt_token_ids
+            # With hidden text go its ids and logprobs, which spell it.
+            if not (self._exclude and delta.kind is Kind.THINKING and delta.text):
+                self._take(choice, delta)
+
+    def _take(self, choice: _Choice, delta: Delta) -> None:
+        if delta.text:
+            (choice.thinking if delta.kind is Kind.THINKING else choice.answer).append(delta.text)
+        if delta.tool_calls is not None:
+            _merge_tool_calls(choice.tool_calls, _objects(delta.tool_calls))
+        if delta.logprobs is not None:
+            _merge_logprobs(choice.logprobs, _objects(delta.logprobs))
+        if self._ids:
+            choice.token_ids += delta.token_ids
 
     def body(self, answer_id: str, created: int, model: str, *, usage: bytes, extension: bytes) -> bytes:
         """The whole answer as JSON."""
         is_chat = self._surface == "chat"
         shape = self._chat_choice if is_chat else self._text_choice
-        return msgspec.json.encode(
-            {
-                "id": answer_id,
-                "object": "chat.completion" if is_chat else "text_completion",
-                "created": created,
-                "model": model,
-                "choices": [shape(index, choice) for index, choice in sorted(self._choices.items())],
-                "usage": msgspec.Raw(usage),
-                "thinkgate": msgspec.Raw(extension),
-            }
-        )
+        whole: dict[str, Any] = {
+            "id": answer_id,
+            "object": "chat.completion" if is_chat else "text_completion",
+            "created": created,
+            "model": model,
+            "choices": [shape(index, choice) for index, choice in sorted(self._choices.items())],
+            "usage": msgspec.Raw(usage),
+        }
+        if self._ids and is_chat:  # all choices have one prompt; vLLM puts its ids here
+            prompts = [c.prompt_token_ids for c in self._choices.values() if c.prompt_token_ids is not None]
+            whole["prompt_token_ids"] = prompts[0] if prompts else None
+        return msgspec.json.encode({**whole, "thinkgate": msgspec.Raw(extension)})
 
     def _chat_choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         content = "".join(choice.answer)
@@ -114,7 +121,8 @@ class Aggregator:
             shaped["stop_reason"] = choice.stop_reason
         if self._ids:
             shaped["token_ids"] = choice.token_ids
-            shaped["prompt_token_ids"] = choice.prompt_token_ids
+            if self._surface == "completions":
+                shaped["prompt_token_ids"] = choice.prompt_token_ids
         return shaped
 
 

@@ -52,6 +52,14 @@ class Server(uvicorn.Server):
         self._gateway = gateway
         self._reloader = reloader
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; the kernel gives up clients that read nothing, also once it has the whole response."""
+        await super().startup(sockets)
+        patience_ms = int(self._gateway.serving.config.server.timeouts.slow_client_s * 1000)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            for listener in (sock for server in self.servers for sock in server.sockets):
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop accepting; running requests may finish within the drain time."""
         self._gateway.is_draining = True

@@ -6,6 +6,7 @@ template switches of a mode. Does not own: parsing (request.py), dialects (resol
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -43,6 +44,8 @@ CONSUMED = frozenset(
         "service_tier",
     )
 )
+# Characters that urlsplit drops or keeps where a backend's parser may read another host.
+_ODD = re.compile(r"[\x00-\x20\x7f\\]")
 OPENAI_KEEPS = ("service_tier", "reasoning_effort", "max_completion_tokens")
 NOT_ON_VLLM = {
     "functions": "use `tools`",
@@ -128,8 +131,8 @@ def _check_url(url: str, param: str, allowed_hosts: Collection[str]) -> None:
     if url[:5].lower() == "data:":
         return
     try:
-        parts = urlsplit(url)
-        host = parts.hostname
+        parts = urlsplit(url) if not _ODD.search(url) else None
+        host = None if parts is None else parts.hostname
     except ValueError:
         parts, host = None, None
     if parts is None or parts.scheme not in {"http", "https"} or host not in allowed_hosts or "@" in parts.netloc:

@@ -66,13 +66,16 @@ class Reloader:
             self._refuse_fixed(config)
             self._gateway.reload(config)
         except ConfigError as exc:
-            metrics.reloads.add("refused")
+            # The problems are the operator's: a traceback would say nothing.
+            log.error("configuration refused, the old one stays in force", extra={"problems": str(exc).split("\n")})  # noqa: TRY400
             metrics.reload_failed = True
-            log.error("configuration refused, the old one stays in force", extra={"problems": str(exc).split("\n")})  # noqa: TRY400  # the problems are the operator's, a traceback says nothing
-            return
-        metrics.reloads.add("accepted")
-        metrics.reload_failed = False
-        log.info("configuration reloaded", extra={"models": sorted(config.models), "keys": len(config.keys)})
+        except Exception:  # a bug in a reload must not end the streams that run
+            log.exception("reload failed, the old configuration stays in force")
+            metrics.reload_failed = True
+        else:
+            metrics.reload_failed = False
+            log.info("configuration reloaded", extra={"models": sorted(config.models), "keys": len(config.keys)})
+        metrics.reloads.add("refused" if metrics.reload_failed else "accepted")
 
     def _refuse_fixed(self, config: Config) -> None:
         """What a running process cannot change is said, not ignored. Raises: ConfigError."""

@@ -104,7 +104,7 @@ class ChunkEncoder:
         """The held chunk with the `thinkgate` object, the usage chunk if asked for, and the end."""
         out = []
         if self._held:
-            out.append(b'data: %b,"thinkgate":%b}\n\n' % (self._held[:-1], extension))
+            out.append(b'data: %b,"thinkgate":%b}\n\n' % (self._held.rstrip()[:-1], extension))
         if usage is not None:
             out.append(b"data: %b\n\n" % self._usage_chunk(usage))
         out.append(DONE)

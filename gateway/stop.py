@@ -37,9 +37,10 @@ class StopFilter:
             return ""
         text = self._held + text
         self._held = ""
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            at, self.hit = min(found, key=lambda item: item[0])
+            # What is complete first, whatever the borders of the pieces; of those the longest.
+            _, at, self.hit = min(found)
             return text[: at + (len(self.hit) if self._keep else 0)]
         keep = 0 if is_last else max((held_back(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :] if keep else ""

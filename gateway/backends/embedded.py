@@ -21,7 +21,7 @@ from kernels.errors import EngineClosed, KernelError, ModelUnusable, QueueFull, 
 from kernels.params import Failed, Finished, Output
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from gateway.config import ThinkingConfig
     from kernels.engine import Engine
@@ -101,7 +101,7 @@ class EmbeddedBackend:
         await backend._ready()
         return backend
 
-    async def generate(self, call: Call) -> AsyncIterator[list[Delta]]:
+    async def generate(self, call: Call) -> AsyncGenerator[list[Delta]]:
         """Run `call`; closing the iterator frees the engine at the next token, or the place in the queue.
 
         Raises: InvalidRequest, Overloaded, UpstreamError.

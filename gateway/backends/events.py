@@ -17,6 +17,7 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 DONE = b"[DONE]"
 _TOKEN_IDS = b',"token_ids":['
 _PROMPT_IDS = b',"prompt_token_ids":['
+_TAIL_BYTES = 160
 
 
 class EventSplitter:
@@ -33,7 +34,7 @@ class EventSplitter:
             data = self._tail + data
         elif data.startswith(b"data: ") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
             payload = data[6:-2]  # one whole event, as nearly always
-            if b"\n" not in payload:
+            if payload and b"\n" not in payload:
                 return [payload]
         if b"\r" in data:
             # A lone CR at the end may be half a CRLF: wait for the rest before deciding.
@@ -122,7 +123,7 @@ def decode_chunk(event: bytes) -> ChunkBody:
     except (msgspec.DecodeError, RecursionError) as exc:
         raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
     if chunk.error is not None:
-        message = chunk.error.get("message") if isinstance(chunk.error, dict) else None
+        message = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error
         raise UpstreamError(f"The backend failed: {message or 'no reason given'}")
     return chunk
 
@@ -138,19 +139,27 @@ def cut_token_ids(event: bytes) -> bytes:
     return event[:start] + event[event.index(b"]", start) + 1 :]
 
 
+def prompt_ids(event: bytes) -> list[int]:
+    """The `prompt_token_ids` of an event that `cut_prompt_ids` found some in."""
+    start = event.find(_PROMPT_IDS) + len(_PROMPT_IDS)
+    return [int(token) for token in event[start : event.find(b"]", start)].split(b",") if token]
+
+
 def cut_prompt_ids(event: bytes) -> tuple[bytes, int, list[int]]:
-    """The event without `prompt_token_ids`, how many there were, and the last few of them."""
+    """The event without `prompt_token_ids`, how many there were, and the last few of them.
+
+    Raises: UpstreamError when they are no ids.
+    """
     start = event.find(_PROMPT_IDS)
     if start < 0:
         return event, 0, []
-    end = event.index(b"]", start)
+    end = event.find(b"]", start)
     ids = event[start + len(_PROMPT_IDS) : end]
-    if not ids:
-        return event[:start] + event[end + 1 :], 0, []
     rest = event[end + 1 :].replace(b',"prompt_text":null', b"", 1)
-    tail = [int(token) for token in ids[-160:].split(b",")[-12:]] if len(ids) < 160 else _tail_ids(ids)
+    if not ids:
+        return event[:start] + rest, 0, []
+    try:
+        tail = [int(token) for token in ids[-_TAIL_BYTES:].split(b",")[len(ids) > _TAIL_BYTES :][-12:]]
+    except ValueError as exc:
+        raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
     return event[:start] + rest, ids.count(b",") + 1, tail
-
-
-def _tail_ids(ids: bytes) -> list[int]:
-    return [int(token) for token in ids[-160:].split(b",")[1:]][-12:]

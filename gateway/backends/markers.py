@@ -37,6 +37,11 @@ class MarkerSplitter:
         self._may_open = True
         self.is_open = is_open
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether some text is held back: it may be the beginning of a marker."""
+        return bool(self._held)
+
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain by now."""
         pieces: list[Piece] = []

@@ -22,8 +22,9 @@ from gateway.backends.events import (
     cut_prompt_ids,
     cut_token_ids,
     decode_chunk,
+    prompt_ids,
 )
-from gateway.backends.markers import MarkerSplitter
+from gateway.backends.markers import MarkerSplitter, Piece
 from gateway.backends.port import Call, Delta, Kind, Usage
 
 
@@ -39,6 +40,7 @@ class MarkerIds:
 class _Choice:
     meter: ThinkingMeter | None
     splitter: MarkerSplitter | None
+    pending: int = 0  # tokens whose text the splitter still holds back
 
 
 class StreamReader:
@@ -77,14 +79,13 @@ class StreamReader:
         if event == DONE:
             self.is_done = True
             return
-        prompt_tokens = 0
         full_event = event
         if b'"prompt_token_ids":[' in event:
-            event, count, tail = cut_prompt_ids(event)
-            if not self._prompt_tokens:  # every choice repeats the prompt: it counts once
-                self._prompt_tokens = prompt_tokens = count
-                self._prompt_tail = tail
+            event, prompt_tokens, tail = cut_prompt_ids(event)
         chunk = decode_chunk(event)
+        is_first = event is not full_event and not self._prompt_tokens
+        if is_first:
+            self._prompt_tokens, self._prompt_tail = prompt_tokens, tail
         if chunk.usage is not None:
             self.usage = read_usage(chunk.usage)
         wire = full_event if self._call.wants_token_ids else event
@@ -93,8 +94,10 @@ class StreamReader:
         else:
             for choice in chunk.choices:
                 self._one_choice(chunk, choice, b"", out)
-        if prompt_tokens and out:
-            out[-1].prompt_tokens = prompt_tokens
+        if event is not full_event and chunk.choices:
+            # Every choice repeats the prompt: it counts once, its ids go to each.
+            out[-1].prompt_tokens = prompt_tokens if is_first else 0
+            out[-1].prompt_token_ids = prompt_ids(full_event) if self._call.wants_token_ids else None
 
     def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
         state = self._choices.get(choice.index) or self._new_choice(choice.index)
@@ -124,7 +127,7 @@ class StreamReader:
             wire=wire,
         )
         if state.splitter is not None and choice.delta is not None:
-            self._split_inline(chunk, state.splitter, delta, out)
+            self._split_inline(chunk, state, state.splitter, delta, body.role, out)
         elif thinking_text and answer_text:
             first = Delta(index=choice.index, kind=Kind.THINKING, text=thinking_text)
             first.wire = self._rebuild(chunk, first, {"reasoning": thinking_text})
@@ -141,7 +144,8 @@ class StreamReader:
         if ids is None or len(ids) != 1 or body is None or meter is None or not wire:
             return False
         text = body.reasoning if meter.is_open else body.content
-        if not text or body.tool_calls is not None or not meter.feed_plain(ids[0]):
+        other = body.content if meter.is_open else body.reasoning
+        if not text or other or body.tool_calls is not None or not meter.feed_plain(ids[0]):
             return False
         if not self._call.wants_token_ids:
             wire = cut_token_ids(wire)
@@ -159,7 +163,7 @@ class StreamReader:
         if is_empty and delta.logprobs is None and role is None:
             delta.wire = b""
             return
-        if not delta.wire:
+        if not delta.wire and self._call.surface == "chat":
             field = "reasoning" if delta.kind is Kind.THINKING else "content"
             delta.wire = self._rebuild(chunk, delta, _fields(role, field, delta.text))
         if not delta.text or split.injected or not delta.token_ids:
@@ -171,25 +175,32 @@ class StreamReader:
             delta.kind = Kind.THINKING
             delta.wire = self._rebuild(chunk, delta, _fields(role, "reasoning", delta.text))
 
-    def _split_inline(self, chunk: ChunkBody, splitter: MarkerSplitter, delta: Delta, out: list[Delta]) -> None:
+    def _split_inline(
+        self,
+        chunk: ChunkBody,
+        state: _Choice,
+        splitter: MarkerSplitter,
+        delta: Delta,
+        role: str | None,
+        out: list[Delta],
+    ) -> None:
         """Cut one delta's content at markers; counts, logprobs and the finish stay with the last piece."""
+        had_text = bool(delta.text)
         pieces = splitter.feed(delta.text)
         if delta.finish_reason is not None:
             pieces += splitter.finish()
+        if state.meter is None:
+            _count_inline(state, splitter, delta, pieces)
         visible = [(kind, text) for kind, text in pieces if kind is not Kind.INJECTED]
-        if not delta.token_ids and delta.text:
-            markers = len(pieces) - len(visible)
-            delta.thinking = 1 if any(kind is Kind.THINKING for kind, _ in visible) else 0
-            delta.injected = 1 if markers and not delta.thinking else 0
-            delta.answer = 1 - min(1, delta.thinking + delta.injected)
         for kind, text in visible[:-1]:
             early = Delta(index=delta.index, kind=kind, text=text)
-            early.wire = self._rebuild(chunk, early, _fields(None, _field(kind), text))
+            early.wire = self._rebuild(chunk, early, _fields(role, _field(kind), text))
+            role = None
             out.append(early)
         delta.kind, delta.text = visible[-1] if visible else (Kind.INJECTED, "")
         if visible or delta.finish_reason is not None or delta.tool_calls is not None:
-            delta.wire = self._rebuild(chunk, delta, _fields(None, _field(delta.kind), delta.text))
-        elif splitter.is_open or pieces:
+            delta.wire = self._rebuild(chunk, delta, _fields(role, _field(delta.kind), delta.text))
+        elif had_text or (delta.logprobs is None and role is None):
             delta.wire = b""
         out.append(delta)
 
@@ -231,6 +242,23 @@ class StreamReader:
 
     def _rebuild(self, chunk: ChunkBody, delta: Delta, fields: dict[str, Any]) -> bytes:
         return build_chunk(chunk.id, chunk.created, self._call.model, delta, fields, ids=self._call.wants_token_ids)
+
+
+def _count_inline(state: _Choice, splitter: MarkerSplitter, delta: Delta, pieces: list[Piece]) -> None:
+    """Sort a delta's tokens by the text that is certain by now; without marker ids there is nothing better."""
+    count = state.pending + delta.thinking + delta.answer + delta.injected
+    state.pending = 0
+    if not pieces and splitter.is_holding:
+        state.pending, count = count, 0
+    size = sum(len(text) for _, text in pieces)
+    if size:
+        thought = sum(len(text) for kind, text in pieces if kind is Kind.THINKING)
+        forced = sum(len(text) for kind, text in pieces if kind is Kind.INJECTED)
+        delta.thinking = -(-count * thought // size)
+        delta.injected = min(count - delta.thinking, (2 * count * forced + size) // (2 * size))
+    else:
+        delta.thinking, delta.injected = (count if splitter.is_open else 0), 0
+    delta.answer = count - delta.thinking - delta.injected
 
 
 def _field(kind: Kind) -> str:

@@ -207,4 +207,4 @@ def test_bad_requests_name_the_field(client: OpenAI, fields: dict[str, Any], sta
 def test_prompt_beyond_the_window_is_refused(client: OpenAI) -> None:
     """A prompt that does not fit the model's window is the client's mistake, not a broken backend."""
     with pytest.raises(openai.BadRequestError):
-        ask(client, "hello " * 6000, max_completion_tokens=8)
+        ask(client, "hello " * 9000, max_completion_tokens=8)

@@ -254,7 +254,11 @@ class Client:
         sock.setblocking(False)
         if self.receive_buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer_bytes)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+        except OSError:
+            sock.close()
+            raise
         limit = 2**16 if self.receive_buffer_bytes is None else self.receive_buffer_bytes
         self._reader, self._writer = await asyncio.open_connection(sock=sock, limit=limit)
         return self

@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kernels.model import LanguageModel, assemble
 from kernels.tokens import Tokens
 
+# Two threads on tensors this small only wait for each other.
+torch.set_num_threads(1)
+
 START, END = "<think>", "</think>"
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("<", "/"), ("i", "n"), (".", "<"), ("{", '"')]
 CHATML = (
