@@ -97,6 +97,8 @@ class Server(uvicorn.Server):
         # Ready is a condition over all models and may change with a reload: no single event says it.
         while not self._is_ready():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+        if self.should_exit:
+            return
         config = self._gateway.serving.config
         url = f"http://{self.config.host}:{self.servers[0].sockets[0].getsockname()[1]}"
         auth = ' -H "Authorization: Bearer $YOUR_KEY"' if config.keys else ""

@@ -207,11 +207,12 @@ class UpstreamRejected(GatewayError):
         """The backend's own body if it is an error object, else one that says so."""
         try:
             parsed = msgspec.json.decode(self.upstream_body)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return super().body()
         if not isinstance(parsed, dict):
             return super().body()
-        if isinstance(parsed.get("error"), dict):
+        error = parsed.get("error")
+        if isinstance(error, dict) and isinstance(error.get("message"), str):
             return self.upstream_body
         detail = parsed.get("detail") or parsed.get("message")
         said = f" It says: {detail}" if isinstance(detail, str) else ""

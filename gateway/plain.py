@@ -63,7 +63,7 @@ class PlainAnswer:
         try:
             self._typed = _body_decoder.decode(body)
             self._fields = _fields_decoder.decode(body)
-        except (msgspec.DecodeError, RecursionError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise UpstreamError("The backend answered with something that is no completion.") from exc
         self._markers = markers
         self._has_stray_thinking = False

@@ -88,7 +88,7 @@ def prepare(
     if ask.answer_floor is not None:
         _check_floor(ask, ask.answer_floor, model)
     bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
-    decision = _decide(ask, key, bounds, config)
+    decision = _decide(ask, key, bounds, config, model)
     cap, report = _cap(ask, decision.mode, bounds, model)
     if decision.mode == "reasoning" and cap is not None and cap.tokens == 0:
         decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}")
@@ -153,7 +153,7 @@ def _check_floor(ask: Ask, floor: int, model: Model) -> None:
         )
 
 
-def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config) -> ModeDecision:
+def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model) -> ModeDecision:
     facts = ModeFacts(
         asked=ask.mode,
         asked_by=ask.mode_field,
@@ -161,6 +161,7 @@ def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config) -> ModeDecision:
         default_mode=config.routing.default_mode,
         on_uncertain=config.routing.on_uncertain,
         thinking_room=bounds.ceiling()[0],
+        is_native=model.thinking.native,
     )
     try:
         return decide_mode(facts)

@@ -296,13 +296,13 @@ class Choice:
         """The outputs, with the end at max_tokens."""
         if self.finish_reason is None and self.total >= self._stopping.max_tokens:
             outputs += self._flush_finder()
-            last = self._output(Kind.ANSWER, answer=self._opening)
-            self._opening = []
-            if last.tokens:
-                self._show(last, self._opening_text)
+            if self._opening:
+                tokens, self._opening = self._opening, []
+                outputs.append(self._show(self._output(Kind.ANSWER, answer=tokens), self._opening_text))
+            if not outputs or outputs[-1].kind is not Kind.ANSWER:
+                outputs.append(self._output(Kind.ANSWER))
             if self.finish_reason is None:
-                self._finish(last, "length")
-            outputs.append(last)
+                self._finish(outputs[-1], "length")
         return outputs
 
     def _finish(self, out: Output, reason: str, stop_reason: str | int | None = None) -> Output:

@@ -36,6 +36,7 @@ class ModeFacts(NamedTuple):
         default_mode: `routing.default_mode`.
         on_uncertain: `routing.on_uncertain`.
         thinking_room: tokens of thinking that limits leave for this request.
+        is_native: the model thinks by itself; another one thinks only when asked to.
     """
 
     asked: Literal["auto", "instant", "reasoning"]
@@ -44,6 +45,7 @@ class ModeFacts(NamedTuple):
     default_mode: Literal["auto", "instant", "reasoning"]
     on_uncertain: Mode
     thinking_room: int
+    is_native: bool = True
 
 
 class ModeDecision(NamedTuple):
@@ -72,4 +74,6 @@ def decide_mode(facts: ModeFacts) -> ModeDecision:
         return ModeDecision("instant", "limits leave no room for thinking")
     if facts.default_mode != "auto":
         return ModeDecision(facts.default_mode, "routing.default_mode")
+    if not facts.is_native:
+        return ModeDecision("instant", "the model does not think by itself, and nothing asks it to")
     return ModeDecision(facts.on_uncertain, "nothing in the request decides it: routing.on_uncertain")

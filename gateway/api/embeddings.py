@@ -84,7 +84,7 @@ def _account(answer: bytes, model: Model, slot: Slot, hold: Hold, exchange: Exch
     try:
         fields: dict[str, Any] = _fields_decoder.decode(answer)
         usage = _usage_decoder.decode(fields.get("usage", b"null"))
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UpstreamError("The backend answered with something that is no embedding.") from exc
     if not bytes(fields.get("data", b"")).startswith(b"["):
         raise UpstreamError("The backend answered with something that is no embedding.")

@@ -89,7 +89,8 @@ async def _failed(_request: Request, exc: Exception) -> Response:
 def add_routes(gateway: Gateway) -> None:
     """Register everything that is not hot."""
     gateway.add_exception_handler(GatewayError, _failed)
-    gateway.openapi = document  # type: ignore[method-assign]  # the documented way to replace it
+    # The documented way to replace it; whether a key is needed may change with a reload.
+    gateway.openapi = lambda: document(has_keys=bool(gateway.serving.config.keys))  # type: ignore[method-assign]
     _add_health(gateway)
     _add_models(gateway)
 

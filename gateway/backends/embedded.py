@@ -129,7 +129,7 @@ class EmbeddedBackend:
                     raise _as_gateway_error(last.error) from last.error
 
     async def probe(self) -> Capabilities:
-        """Load the model if that was not done, then measure with three short calls.
+        """Load the model if that was not done, then measure with four short calls.
 
         Raises: UpstreamError when the model cannot be loaded or does not generate.
         """
@@ -142,14 +142,15 @@ class EmbeddedBackend:
             end=thinking.end,
             native=thinking.native,
         )
+        quiet = Thinking(enabled=False, cap=0, start=rules.start, end=rules.end, native=rules.native)
         ask = {"messages": PROBE_MESSAGES, "temperature": 0}
         with_tools = {**ask, "tools": [PROBE_TOOL], "tool_choice": "required", "parallel_tool_calls": False}
         try:
             plain = await self._collect("chat", ask, rules, max_tokens=16)
             tools = await self._collect("chat", with_tools, rules, max_tokens=96)
             ids = next((delta.token_ids for delta in plain if delta.token_ids), [0])
-            off = Thinking(enabled=False, cap=0, native=False)
-            taken = await self._collect("completions", {"prompt": ids}, off, max_tokens=1)
+            instant = await self._collect("chat", {**ask, **self._off()}, quiet, max_tokens=8)
+            taken = await self._collect("completions", {"prompt": ids}, quiet, max_tokens=1)
         except GatewayError as exc:
             raise UpstreamError(f"The embedded model does not generate: {exc.message}") from exc
         thought = sum(delta.thinking for delta in plain)
@@ -162,6 +163,7 @@ class EmbeddedBackend:
             token_ids_out=any(delta.token_ids for delta in plain),
             cached_tokens=any(delta.usage is not None for delta in plain),
             tools=calls,
+            instant_is_quiet=not any(delta.thinking for delta in instant) and any(d.text for d in instant),
             max_model_len=engine.model.max_len,
             detail={
                 "cap_binds": f"{thought} thinking tokens under a cap of {PROBE_CAP}",
@@ -176,6 +178,11 @@ class EmbeddedBackend:
         async with self._loading:
             if self._engine is not None:
                 await asyncio.to_thread(self._engine.close)
+
+    def _off(self) -> dict[str, object]:
+        """The fields that switch the model's own thinking off."""
+        off = getattr(self._thinking, "off", None)
+        return dict(off) if isinstance(off, dict) else {}
 
     async def _ready(self) -> Engine:
         """The engine, loaded once. Raises: UpstreamError."""

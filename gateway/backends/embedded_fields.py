@@ -93,7 +93,7 @@ class _Common(msgspec.Struct, kw_only=True):
     frequency_penalty: _Penalty = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[Annotated[str, Meta(min_length=1)]] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from gateway.backends.port import Delta, Kind, Usage
 
 if TYPE_CHECKING:
@@ -60,15 +58,14 @@ class DeltaShaper:
             injected=output.injected,
             token_ids=[token.id for token in output.tokens],
             finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
             capped=output.capped,
         )
         if output.calls:
-            delta.tool_calls = _raw([_call(part) for part in output.calls])
-        if output.stop_reason is not None:
-            delta.stop_reason = _raw(output.stop_reason)
+            delta.tool_calls = [_call(part) for part in output.calls]
         if output.tokens and output.tokens[0].logprob is not None:
             shape = self._chat_logprobs if self._surface == "chat" else self._completion_logprobs
-            delta.logprobs = _raw(shape(output))
+            delta.logprobs = shape(output)
         if not self._told:
             delta.prompt_tokens = sum(map(len, self._prompts))
         prompt = output.index // self._n
@@ -128,7 +125,3 @@ def _call(part: CallPart) -> dict[str, Any]:
         return {"index": part.index, "function": {"arguments": part.arguments}}
     function = {"name": part.name, "arguments": part.arguments}
     return {"index": part.index, "id": part.id, "type": "function", "function": function}
-
-
-def _raw(value: object) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(value))

@@ -120,7 +120,7 @@ def decode_chunk(event: bytes) -> ChunkBody:
     """The typed view of an event. Raises: UpstreamError when it is no chunk, or carries an error."""
     try:
         chunk = _decoder.decode(event)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
     if chunk.error is not None:
         message = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error

@@ -1,6 +1,5 @@
 """The client's fields on the embedded backend: honoured, refused by name, or without effect by definition."""
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -9,7 +8,7 @@ import pytest
 from gateway.backends.embedded_fields import CONSUMED, NO_EFFECT, REFUSED, read_call
 from gateway.backends.port import Call, Thinking
 from gateway.errors import InvalidRequest
-from kernels.params import ChatInput, CompletionInput
+from kernels.params import ChatInput, CompletionInput, Sampling, Stopping, ThinkingRules
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -38,7 +37,7 @@ def refusal(asked):
 
 def test_everything_the_engine_honours_reaches_it():
     """Sampling, stopping and limits arrive in the engine's own terms."""
-    given, options = read_call(
+    _, options = read_call(
         call(
             temperature=0.5,
             top_p=0.9,
@@ -60,18 +59,23 @@ def test_everything_the_engine_honours_reaches_it():
         ),
         {},
     )
-    sampling, stopping = options.sampling, options.stopping
-    assert isinstance(given, ChatInput)
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 5, 0.1)
-    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
-    assert penalties == (1, -1, 1.2)
-    assert (sampling.logit_bias, sampling.seed, sampling.logprobs) == ({5: -3}, 4, 2)
-    assert (stopping.strings, stopping.token_ids, stopping.include) == (("x",), {3}, True)
-    assert (stopping.ignore_eos, stopping.min_tokens, stopping.max_tokens) == (True, 2, 9)
+    assert options.sampling == Sampling(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        repetition_penalty=1.2,
+        logit_bias={5: -3},
+        seed=4,
+        logprobs=2,
+    )
+    assert options.stopping == Stopping(
+        max_tokens=9, min_tokens=2, ignore_eos=True, strings=("x",), token_ids=frozenset({3}), include=True
+    )
     assert (options.n, options.priority, options.skip_special_tokens) == (2, -3, False)
-    thinking = options.thinking
-    assert (thinking.enabled, thinking.cap, thinking.start, thinking.end) == (True, 7, "<a>", "</a>")
-    assert (thinking.wrap_up, thinking.native) == ("w", False)
+    assert options.thinking == ThinkingRules(enabled=True, cap=7, start="<a>", end="</a>", wrap_up="w", native=False)
 
 
 def test_the_models_defaults_fill_what_the_client_left_open():
@@ -154,7 +158,7 @@ def test_a_wrong_value_is_refused_by_name(fields, param):
 def test_a_request_without_its_prompt_is_refused():
     """Chats need messages and completions a prompt."""
     for surface, param in (("chat", "messages"), ("completions", "prompt")):
-        assert refusal(replace(call(surface), fields={})).param == param
+        assert refusal(msgspec.structs.replace(call(surface), fields={})).param == param
 
 
 @pytest.mark.parametrize(
