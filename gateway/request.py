@@ -200,7 +200,7 @@ class EmbeddingFields(Struct, kw_only=True):
     """What the gateway reads of an embedding request."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
-    input: Any
+    input: Annotated[str, Meta(min_length=1)] | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Positive | None = None
     user: str | None = None

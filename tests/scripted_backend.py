@@ -21,7 +21,7 @@ from typing import Literal, Self
 import httptools
 
 from tests.scripted_script import NOT_FOUND, Exchange, Reply, Script, json_reply, refusal
-from tests.scripted_stream import Json, Model, Say, Stream, dump, prompt_ids, tokens, wants_thinking
+from tests.scripted_stream import Json, Model, Say, Stream, dump, prompt_ids, prompts_of, tokens, wants_thinking
 
 CALLS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
@@ -249,7 +249,8 @@ class _Connection(asyncio.Protocol):
     def _generate(self, exchange: Exchange, script: Script) -> Stream:
         request, model = exchange.json, script.model or self._backend.model
         thinks = wants_thinking(request) or not model.honours_off if script.thinks is None else script.thinks
-        say = [script.say[min(index, len(script.say) - 1)] for index in range(request.get("n") or 1)]
+        choices = (request.get("n") or 1) * len(prompts_of(request))
+        say = [script.say[min(index, len(script.say) - 1)] for index in range(choices)]
         exchange.choices = [model.generate(request, i, one, thinks=thinks) for i, one in enumerate(say)]
         return Stream(
             model=model,

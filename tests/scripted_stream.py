@@ -168,11 +168,19 @@ class Model:
         return usage
 
 
+def prompts_of(request: Json) -> list[list[int]]:
+    """Every rendered prompt; only text completions can have several."""
+    prompt = request.get("prompt")
+    if isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt):
+        return [prompt_ids({"prompt": item}) for item in prompt]
+    return [prompt_ids(request)]
+
+
 def prompt_ids(request: Json) -> list[int]:
     """The rendered prompt: an id per word, then the opened (or closed) thinking of the template."""
     prompt = request.get("prompt")
     if isinstance(prompt, list):
-        return [int(token) for token in (prompt[0] if prompt and isinstance(prompt[0], list) else prompt)]
+        return [int(token) for token in prompt]
     if prompt is not None:
         return [MARKERS.get(token.text.strip(), token.id) for token in tokens(str(prompt))]
     ids = [BOS]
@@ -223,35 +231,40 @@ class Stream:
 
     def events(self) -> Iterator[bytes]:
         """Role chunks, then every choice's tokens in turn, then usage and [DONE]."""
-        ids = prompt_ids(self.request)
+        prompts = prompts_of(self.request)
         if self.surface == "chat":
-            yield from (self._role(choice, ids) for choice in self.choices)
+            yield from (self._role(choice, prompts[0]) for choice in self.choices)
         queues = [list(self._batches(choice)) for choice in self.choices]
         for turn in range(max((len(queue) for queue in queues), default=0)):
             for choice, queue in zip(self.choices, queues, strict=True):
                 if turn < len(queue):
                     is_last = turn + 1 == len(queue)
-                    yield self._tokens(choice, queue[turn], [] if turn else ids, is_last=is_last)
+                    ids = [] if turn else self._prompt_of(choice, prompts)
+                    yield self._tokens(choice, queue[turn], ids, is_last=is_last)
         wants_usage = (self.request.get("stream_options") or {}).get("include_usage")
         if wants_usage and self.model.gives_usage:
-            usage = self.model.usage(len(ids), self.choices)
+            usage = self.model.usage(sum(map(len, prompts)), self.choices)
             yield event({**self._head(), "choices": [], "usage": usage, "system_fingerprint": "scripted"})
         yield event(b"[DONE]")
 
     def body(self) -> Json:
         """The same call without streaming."""
-        ids = prompt_ids(self.request)
+        prompts = prompts_of(self.request)
         head = {**self._head(), "object": self._object(streamed=False)}
         wants_ids = self.request.get("return_token_ids") and self.model.gives_ids
         return {
             **head,
-            "choices": [self._whole(choice, ids) for choice in self.choices],
+            "choices": [self._whole(choice, self._prompt_of(choice, prompts)) for choice in self.choices],
             "service_tier": None,
             "system_fingerprint": "scripted",
-            "usage": self.model.usage(len(ids), self.choices),
+            "usage": self.model.usage(sum(map(len, prompts)), self.choices),
             **({"prompt_logprobs": None} if self.surface == "chat" else {}),
-            **({"prompt_token_ids": ids if wants_ids else None} if self.surface == "chat" else {}),
+            **({"prompt_token_ids": prompts[0] if wants_ids else None} if self.surface == "chat" else {}),
         }
+
+    def _prompt_of(self, choice: Choice, prompts: Sequence[list[int]]) -> list[int]:
+        """The prompt a choice continues: the choices of one prompt stand together."""
+        return prompts[choice.index // (len(self.choices) // len(prompts) or 1)]
 
     def _object(self, *, streamed: bool) -> str:
         if self.surface == "completions":

@@ -148,7 +148,7 @@ def document(*, has_keys: bool = True) -> Json:
                 name: {"description": text, "schema": schema, "required": name in ALWAYS}
                 for name, (text, schema) in HEADERS.items()
             },
-            "responses": {name: _error(text, headers) for name, text, headers in ERRORS.values()},
+            "responses": {name: _error(text, (*ALWAYS, *headers)) for name, text, headers in ERRORS.values()},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the configuration."}
             },
@@ -172,7 +172,12 @@ def _error(description: str, headers: tuple[str, ...]) -> Json:
 
 
 def _errors(statuses: tuple[str, ...]) -> Json:
+    """Errors of the hot routes, which always say the request's id."""
     return {status: {"$ref": f"#/components/responses/{ERRORS[status][0]}"} for status in statuses}
+
+
+def _plain_errors(statuses: tuple[str, ...]) -> Json:
+    return {status: _error(*ERRORS[status][1:]) for status in statuses}
 
 
 def _completions() -> Json:
@@ -230,7 +235,7 @@ def _request_id() -> Json:
 
 def _get(operation: str, summary: str, schema: str, example: Json, errors: tuple[str, ...] = (), **more: Any) -> Json:
     answer = {"description": "The answer.", "content": _json(schema, example)}
-    return {"get": {"operationId": operation, "summary": summary, "responses": {"200": answer, **_errors(errors)}, **more}}
+    return {"get": {"operationId": operation, "summary": summary, "responses": {"200": answer, **_plain_errors(errors)}, **more}}
 
 
 def _models() -> Json:

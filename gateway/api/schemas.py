@@ -33,6 +33,10 @@ Fields that are not listed pass to the backend as they are. Fields that contradi
 names both, and so is a budget above what fits. The body is one JSON object of UTF-8 text, nested at most
 {MAX_DEPTH} deep, of at most `server.max_body_bytes`.
 """
+RESERVED = """
+Values of `mode` other than auto, instant and reasoning, and `plan`, `search` and `degrade` other than off, are
+reserved: a 400 with the code `not_built`.
+"""
 FINISH_REASONS = ["stop", "length", "tool_calls", "content_filter", "function_call"]
 
 
@@ -74,7 +78,8 @@ def _forbid_gateway_fields(schema: Json) -> None:
 
 
 def _refine(named: Json) -> None:
-    """What the types of the encoded structs do not say."""
+    """What the types of the structs do not say."""
+    named["ThinkgateRequest"]["description"] += "\n" + RESERVED
     thinkgate = named["Thinkgate"]["properties"]
     thinkgate["mode"] = {"enum": ["instant", "reasoning"]}
     thinkgate["ended_by"] = {
