@@ -1,7 +1,7 @@
 """Structured logs: JSON lines, written off the event loop.
 
 Owns: the one line per request (never prompts or keys) and the format of all other records. The hot path
-appends to a list; a thread, woken a few times a second, encodes and writes.
+appends to a queue; a thread, woken a few times a second, encodes and writes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import deque
 from datetime import UTC, datetime
 from typing import IO, Any
 
@@ -56,7 +57,7 @@ class LineWriter:
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._pending: list[RequestLine] = []
+        self._pending: deque[RequestLine] = deque()
         self._dropped = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="thinkgate-log", daemon=True)
@@ -80,16 +81,19 @@ class LineWriter:
         self._flush()
 
     def _flush(self) -> None:
-        lines, self._pending = self._pending, []
+        # One by one, so that a line that is written meanwhile is neither lost nor written twice.
+        out = [_encoder.encode(self._pending.popleft()).decode() for _ in range(len(self._pending))]
         dropped, self._dropped = self._dropped, 0
-        out = [_encoder.encode(line).decode() for line in lines]
         if dropped:
             out.append(
                 msgspec.json.encode({"level": "warning", "event": "log lines dropped", "count": dropped}).decode()
             )
-        if out:
-            self._stream.write("\n".join(out) + "\n")
-            self._stream.flush()
+        try:
+            if out:
+                self._stream.write("\n".join(out) + "\n")
+                self._stream.flush()
+        except (OSError, ValueError):  # nobody reads any more: serving goes on, and later lines may get through
+            self._dropped += len(out)
 
 
 class JsonFormatter(logging.Formatter):

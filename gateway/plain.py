@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HIDDEN = ("prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics")
 
+TAIL_BYTES = 128
 NULL = Raw(b"null")  # a union with Raw cannot be declared: absent and null read the same
 
 
@@ -134,8 +135,8 @@ class PlainAnswer:
         prompt, markers = bytes(self._typed.prompt_token_ids), self._markers
         if prompt == b"null" or markers is None:
             return False
-        tail = prompt[-128:].strip(b"[] ").split(b",")
-        for token in reversed(tail[1:] if len(tail) > 1 else tail):
+        tail = prompt[-TAIL_BYTES:].strip(b"[] ").split(b",")
+        for token in reversed(tail[len(prompt) > TAIL_BYTES :]):
             if token.strip() == b"%d" % markers.end:
                 return False
             if token.strip() == b"%d" % markers.start:

@@ -120,16 +120,19 @@ class ChunkEncoder:
             if delta.kind is Kind.THINKING and delta.text and (self._exclude or self._both):
                 return self._build(delta)
             return wire.replace(self._old_name, self._new_name, 1) if self._old_name else wire
-        is_empty = not delta.text and delta.finish_reason is None and delta.tool_calls is None
+        is_empty = not (delta.text or delta.finish_reason or delta.tool_calls is not None or delta.logprobs is not None)
         if is_empty and delta.prompt_token_ids is None and not (self._ids and delta.token_ids):
             return b""
         return self._build(delta)
 
     def _build(self, delta: Delta) -> bytes:
-        is_thinking = delta.kind is Kind.THINKING
-        text = "" if is_thinking and self._exclude else delta.text
-        if is_thinking and self._exclude and delta.finish_reason is None:
-            return b""
+        is_thinking, text = delta.kind is Kind.THINKING, delta.text
+        if is_thinking and self._exclude:
+            if delta.finish_reason is None:
+                return b""
+            # With the text go its ids and logprobs, which spell it.
+            text = ""
+            delta = Delta(delta.index, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
         if self._surface == "completions":
             return self._build_completion(delta, text)
         fields: dict[str, Any] = {}

@@ -20,6 +20,7 @@ class Tally:
     """Counts of one request.
 
     Attributes:
+        most_thinking: thinking tokens of the choice that thought most.
         capped: the cap ended the thinking of some choice.
         is_estimated: tokens were counted by events or text, since the backend gave neither ids nor usage.
     """
@@ -31,6 +32,7 @@ class Tally:
         "has_ids",
         "injected",
         "is_estimated",
+        "most_thinking",
         "prompt",
         "thinking",
         "thinking_by_choice",
@@ -40,7 +42,7 @@ class Tally:
 
     def __init__(self, prices: PriceTable) -> None:
         self._prices = prices
-        self.prompt = self.thinking = self.answer = self.injected = self.wasted = 0
+        self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = 0
         self.thinking_by_choice: dict[int, int] = {}
         self.capped = self.has_ids = self.is_estimated = False
         self.usage: Usage | None = None
@@ -49,7 +51,9 @@ class Tally:
         """Count one delta."""
         if delta.thinking:
             self.thinking += delta.thinking
-            self.thinking_by_choice[delta.index] = self.thinking_by_choice.get(delta.index, 0) + delta.thinking
+            of_choice = self.thinking_by_choice.get(delta.index, 0) + delta.thinking
+            self.thinking_by_choice[delta.index] = of_choice
+            self.most_thinking = max(self.most_thinking, of_choice)
         self.answer += delta.answer
         self.injected += delta.injected
         if delta.token_ids:

@@ -178,7 +178,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallPart:
-    """A piece of a tool call; `id` and `name` come with the first piece, without arguments."""
+    """A piece of a tool call; `id` and `name` come with the first one."""
 
     index: int
     id: str | None = None

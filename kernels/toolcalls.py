@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from dataclasses import replace
 from enum import Enum, auto
 
 from kernels.params import CallPart
@@ -57,7 +58,7 @@ class ToolCallParser:
             else:
                 parts.extend(self._read_arguments())
             if not self._held or before == (self._state, len(self._held)):
-                return "".join(content), parts
+                return "".join(content), _joined(parts)
 
     def finish(self, *, cut: bool) -> str:
         """Content still held back at the end.
@@ -107,3 +108,13 @@ class ToolCallParser:
             cut = len(self._held) - held_back(self._held, [_FOOTER])
             arguments, self._held = self._held[:cut], self._held[cut:]
         return [CallPart(index=self.calls - 1, arguments=arguments)] if arguments else []
+
+
+def _joined(parts: list[CallPart]) -> list[CallPart]:
+    """One piece per call: clients expect each index once in a delta."""
+    by_index: dict[int, CallPart] = {}
+    for part in parts:
+        first = by_index.setdefault(part.index, part)
+        if first is not part:
+            by_index[part.index] = replace(first, arguments=first.arguments + part.arguments)
+    return list(by_index.values())

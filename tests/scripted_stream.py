@@ -298,7 +298,7 @@ class Stream:
         delta: Json = {}
         for kind, token in batch:
             for name, value in self.model.delta(kind, token, self.surface).items():
-                joins = isinstance(value, str) and isinstance(delta.get(name), str)
+                joins = isinstance(value, str | list) and isinstance(delta.get(name), type(value))
                 delta[name] = delta[name] + value if joins else value
         body: Json = {"index": choice.index}
         body |= delta if self.surface == "completions" else {"delta": delta}

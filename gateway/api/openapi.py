@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gateway import __version__
-from gateway.api.schemas import ref, schemas
+from gateway.api.schemas import event, ref, schemas
 
 Json = dict[str, Any]
 DESCRIPTION = """
@@ -195,7 +195,11 @@ def _completions() -> Json:
             mode,
         ),
         "/v1/embeddings": _post(
-            "createEmbedding", "Embeddings, passed on to the backend.", "Embedding", EMBEDDING_REQUEST, EMBEDDING_RESPONSE
+            "createEmbedding",
+            "Embeddings, passed on to the backend.",
+            "Embedding",
+            EMBEDDING_REQUEST,
+            EMBEDDING_RESPONSE,
         ),
     }
 
@@ -206,8 +210,7 @@ def _post(
     streams = name != "Embedding"
     content = _json(name if streams else "EmbeddingList", response)
     if streams:
-        stream = {"type": "string", "description": f"Server-sent events; each `data:` line but `[DONE]` is a {name}Chunk."}
-        content["text/event-stream"] = {"schema": stream}
+        content["text/event-stream"] = {"schema": event(f"{name}Chunk")}
     served = (*ALWAYS, *headers, "x-thinkgate-backend", "x-thinkgate-overhead-ms", *LIMITS)
     return {
         "post": {
@@ -233,9 +236,18 @@ def _request_id() -> Json:
     }
 
 
-def _get(operation: str, summary: str, schema: str, example: Json, errors: tuple[str, ...] = (), **more: Any) -> Json:
+def _get(
+    operation: str, summary: str, schema: str, example: Json, errors: tuple[str, ...] = (), **more: object
+) -> Json:
     answer = {"description": "The answer.", "content": _json(schema, example)}
-    return {"get": {"operationId": operation, "summary": summary, "responses": {"200": answer, **_plain_errors(errors)}, **more}}
+    return {
+        "get": {
+            "operationId": operation,
+            "summary": summary,
+            "responses": {"200": answer, **_plain_errors(errors)},
+            **more,
+        }
+    }
 
 
 def _models() -> Json:
@@ -256,5 +268,7 @@ def _health() -> Json:
     return {
         "/health/live": _get("isLive", "The process serves requests.", "Live", {"status": "ok"}, **open_to_all),
         "/health/ready": _get("isReady", "Some model can be served.", "Ready", ready, ("503",), **open_to_all),
-        "/version": _get("version", "The version.", "Version", {"name": "thinkgate", "version": __version__}, **open_to_all),
+        "/version": _get(
+            "version", "The version.", "Version", {"name": "thinkgate", "version": __version__}, **open_to_all
+        ),
     }

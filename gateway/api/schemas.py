@@ -16,7 +16,7 @@ from gateway.request import GATEWAY_OWNED, MAX_DEPTH, ChatFields, CompletionFiel
 
 Json = dict[str, Any]
 REF = "#/components/schemas/"
-REQUESTS = {
+REQUESTS: dict[str, type[msgspec.Struct]] = {
     "ChatCompletionRequest": ChatFields,
     "CompletionRequest": CompletionFields,
     "EmbeddingRequest": EmbeddingFields,
@@ -52,13 +52,14 @@ def schemas() -> Json:
     return named | _completions() | _others()
 
 
-def _renamed(schema: Any) -> Any:
+def _renamed(schema: Json) -> Json:
     """The schema with public names, and only the first paragraph of each docstring."""
-    if isinstance(schema, list):
-        return [_renamed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    renamed = {key: _renamed(value) for key, value in schema.items()}
+    renamed: Json = {}
+    for key, value in schema.items():
+        if isinstance(value, list):
+            renamed[key] = [_renamed(item) if isinstance(item, dict) else item for item in value]
+        else:
+            renamed[key] = _renamed(value) if isinstance(value, dict) else value
     if isinstance(schema.get("$ref"), str):
         name = schema["$ref"].removeprefix(REF)
         renamed["$ref"] = REF + NAMES.get(name, name)
@@ -74,7 +75,7 @@ def _renamed(schema: Any) -> Any:
 def _forbid_gateway_fields(schema: Json) -> None:
     """Fields that belong to the gateway may not be sent, whatever their value."""
     schema["description"] += "\n" + REQUEST_RULES
-    schema["properties"] |= {name: False for name in sorted(GATEWAY_OWNED)}
+    schema["properties"] |= dict.fromkeys(sorted(GATEWAY_OWNED), False)
 
 
 def _refine(named: Json) -> None:
@@ -106,6 +107,17 @@ def ref(name: str) -> Json:
     return {"$ref": REF + name}
 
 
+def event(name: str) -> Json:
+    """One server-sent event: a chunk, an error, or the end."""
+    content = {"contentMediaType": "application/json", "contentSchema": {"anyOf": [ref(name), ref("Error")]}}
+    return {
+        "description": "Each server-sent event of the stream.",
+        "type": "object",
+        "properties": {"data": {"type": "string", "anyOf": [content, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }
+
+
 def _object(description: str, properties: Json, *, optional: tuple[str, ...] = ()) -> Json:
     return {
         "type": "object",
@@ -115,7 +127,7 @@ def _object(description: str, properties: Json, *, optional: tuple[str, ...] = (
     }
 
 
-def _list_of(items: Json, **more: Any) -> Json:
+def _list_of(items: Json, **more: object) -> Json:
     return {"type": "array", "items": items, **more}
 
 
@@ -146,7 +158,9 @@ def _completions() -> Json:
     end = {"usage": ref("Usage"), "thinkgate": ref("Thinkgate")}
 
     def whole(kind: str, name: str, content: Json) -> Json:
-        choice = _object("One choice.", {"index": INDEX, name: content, "finish_reason": FINISH, **rest}, optional=tuple(rest))
+        choice = _object(
+            "One choice.", {"index": INDEX, name: content, "finish_reason": FINISH, **rest}, optional=tuple(rest)
+        )
         choices = _list_of(choice, minItems=1)
         return _object("The whole answer.", {**head, "object": {"const": kind}, "choices": choices, **end})
 
@@ -214,7 +228,11 @@ def _others() -> Json:
             {
                 "status": {"const": "ok"},
                 "models": _list_of(TEXT, minItems=1),
-                "down": {"type": "object", "additionalProperties": TEXT, "description": "Models without a backend, and why."},
+                "down": {
+                    "type": "object",
+                    "additionalProperties": TEXT,
+                    "description": "Models without a backend, and why.",
+                },
             },
         ),
         "Version": _object("The gateway's version.", {"name": {"const": "thinkgate"}, "version": TEXT}),

@@ -211,11 +211,12 @@ class EmbeddedBackend:
     @staticmethod
     def _compose(engine: Engine, call: Call) -> GenerationRequest:
         """Fields to a request: renders and tokenises, so it runs off the event loop."""
-        given, options = read_call(call, engine.defaults)
         try:
-            return engine.compose(given, options)
+            return engine.compose(*read_call(call, engine.defaults))
         except RequestRefused as exc:
             raise _as_gateway_error(exc) from exc
+        except RecursionError as exc:
+            raise InvalidRequest("The request is nested too deeply.") from exc
 
     async def _collect(
         self, surface: str, fields: dict[str, object], thinking: Thinking, *, max_tokens: int

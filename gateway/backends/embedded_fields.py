@@ -91,7 +91,8 @@ class _Common(msgspec.Struct, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: _Penalty = None
     frequency_penalty: _Penalty = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    # Beyond these, dividing a logit overflows.
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[Annotated[str, Meta(min_length=1)]] | None = None

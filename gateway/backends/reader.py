@@ -26,6 +26,9 @@ from gateway.backends.events import (
 )
 from gateway.backends.markers import MarkerSplitter, Piece
 from gateway.backends.port import Call, Delta, Kind, Usage
+from gateway.backends.shape import Shape, learn
+
+_decode_text = msgspec.json.Decoder(str).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,20 @@ class StreamReader:
         self._choices: dict[int, _Choice] = {}
         self._prompt_tail: list[int] = []
         self._prompt_tokens = 0
+        self._shapes: dict[int, Shape] = {}
         self.is_done = False
         self.usage: Usage | None = None
 
     def read(self, event: bytes, out: list[Delta]) -> None:
         """Append the deltas of one event. Raises: UpstreamError."""
+        if self._shapes and self._one_more(event, out):
+            return
         if event == DONE:
             self.is_done = True
-            return
+        else:
+            self._decode(event, out)
+
+    def _decode(self, event: bytes, out: list[Delta]) -> None:
         full_event = event
         if b'"prompt_token_ids":[' in event:
             event, prompt_tokens, tail = cut_prompt_ids(event)
@@ -95,9 +104,30 @@ class StreamReader:
             for choice in chunk.choices:
                 self._one_choice(chunk, choice, b"", out)
         if event is not full_event and chunk.choices:
-            # Every choice repeats the prompt: it counts once, its ids go to each.
-            out[-1].prompt_tokens = prompt_tokens if is_first else 0
-            out[-1].prompt_token_ids = prompt_ids(full_event) if self._call.wants_token_ids else None
+            self._add_prompt(out[-1], full_event, prompt_tokens if is_first else 0)
+
+    def _add_prompt(self, delta: Delta, event: bytes, prompt_tokens: int) -> None:
+        """Every choice repeats the prompt: it counts once, its ids go to each."""
+        delta.prompt_tokens = prompt_tokens
+        delta.prompt_token_ids = prompt_ids(event) if self._call.wants_token_ids else None
+
+    def _one_more(self, event: bytes, out: list[Delta]) -> bool:
+        """The fast path: an event like the last of its choice, but for text and token id."""
+        for shape in self._shapes.values():
+            found = shape.match(event)
+            if found is not None:
+                break
+        else:
+            return False
+        text, token_id, end = found
+        meter, kind = self._choices[shape.choice].meter, shape.kind
+        is_thinking = kind is Kind.THINKING
+        if meter is None or meter.is_open is not is_thinking or not meter.feed_plain(token_id):
+            return False
+        thinking, answer = (1, 0) if is_thinking else (0, 1)
+        wire = event[:end] + shape.rest
+        out.append(Delta(shape.choice, kind, _decode_text(text), thinking, answer, 0, [token_id], wire=wire))
+        return True
 
     def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
         state = self._choices.get(choice.index) or self._new_choice(choice.index)
@@ -128,18 +158,18 @@ class StreamReader:
         )
         if state.splitter is not None and choice.delta is not None:
             self._split_inline(chunk, state, state.splitter, delta, body.role, out)
-        elif thinking_text and answer_text:
-            first = Delta(index=choice.index, kind=Kind.THINKING, text=thinking_text)
+        elif thinking_text and (answer_text or body.tool_calls is not None):
+            first = self._before_marker(delta, thinking_text)
             first.wire = self._rebuild(chunk, first, {"reasoning": thinking_text})
             delta.kind, delta.text = Kind.ANSWER, answer_text
-            delta.wire = self._rebuild(chunk, delta, {"content": answer_text})
+            delta.wire = self._rebuild(chunk, delta, _fields(None, "content", answer_text))
             out += [first, delta]
         else:
             self._settle_kind(chunk, delta, split, was_open, role=body.role)
             out.append(delta)
 
     def _ordinary(self, state: _Choice, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> bool:
-        """The fast path: one token that is no marker, its text in the field it belongs to."""
+        """One token that is no marker, its text in the field it belongs to: further ones need no decoding."""
         ids, body, meter = choice.token_ids, choice.delta, state.meter
         if ids is None or len(ids) != 1 or body is None or meter is None or not wire:
             return False
@@ -147,14 +177,14 @@ class StreamReader:
         other = body.content if meter.is_open else body.reasoning
         if not text or other or body.tool_calls is not None or not meter.feed_plain(ids[0]):
             return False
+        kind = Kind.THINKING if meter.is_open else Kind.ANSWER
         if not self._call.wants_token_ids:
+            shape = learn(wire, choice.index, kind)
+            if shape is not None:
+                self._shapes[choice.index] = shape
             wire = cut_token_ids(wire)
-        index, logprobs = choice.index, choice.logprobs
-        if meter.is_open:
-            delta = Delta(index, Kind.THINKING, text, 1, 0, 0, ids, logprobs, wire=wire)
-        else:
-            delta = Delta(index, Kind.ANSWER, text, 0, 1, 0, ids, logprobs, wire=wire)
-        out.append(delta)
+        thinking, answer = (1, 0) if meter.is_open else (0, 1)
+        out.append(Delta(choice.index, kind, text, thinking, answer, 0, ids, choice.logprobs, wire=wire))
         return True
 
     def _settle_kind(self, chunk: ChunkBody, delta: Delta, split: Split, was_open: bool, role: str | None) -> None:
@@ -192,8 +222,10 @@ class StreamReader:
         if state.meter is None:
             _count_inline(state, splitter, delta, pieces)
         visible = [(kind, text) for kind, text in pieces if kind is not Kind.INJECTED]
+        if delta.tool_calls is not None and visible and visible[-1][0] is Kind.THINKING:
+            visible.append((Kind.ANSWER, ""))  # calls are no thinking
         for kind, text in visible[:-1]:
-            early = Delta(index=delta.index, kind=kind, text=text)
+            early = Delta(index=delta.index, text=text) if kind is Kind.ANSWER else self._before_marker(delta, text)
             early.wire = self._rebuild(chunk, early, _fields(role, _field(kind), text))
             role = None
             out.append(early)
@@ -203,6 +235,19 @@ class StreamReader:
         elif had_text or (delta.logprobs is None and role is None):
             delta.wire = b""
         out.append(delta)
+
+    def _before_marker(self, delta: Delta, text: str) -> Delta:
+        """A delta of thinking `text` that takes over the tokens up to the closing marker, where ids show it."""
+        first = Delta(index=delta.index, kind=Kind.THINKING, text=text)
+        if self._markers is None or self._markers.end not in delta.token_ids:
+            return first
+        end = delta.token_ids.index(self._markers.end) + 1
+        first.token_ids, delta.token_ids = delta.token_ids[:end], delta.token_ids[end:]
+        first.thinking, first.injected, first.capped = delta.thinking, delta.injected, delta.capped
+        delta.thinking, delta.injected, delta.capped = 0, 0, False
+        if isinstance(delta.logprobs, dict) and isinstance(entries := delta.logprobs.get("content"), list):
+            first.logprobs, delta.logprobs = {"content": entries[:end]}, {"content": entries[end:]}
+        return first
 
     def _count(self, state: _Choice, choice: ChoiceBody, thinking_text: str, answer_text: str) -> Split:
         if choice.token_ids:

@@ -43,6 +43,7 @@ class Run:
         ended_by: the bound that ended it early, or None.
         overrun: thinking tokens a backend sent beyond the cap.
         finished: choices that have a finish_reason.
+        reported_at_s: when the hold was last told.
         counts: tokens by kind, once the books are closed.
         settled: the same in the ledger's units.
     """
@@ -58,12 +59,9 @@ class Run:
     ended_by: str | None = None
     overrun: int = 0
     finished: set[int] = field(default_factory=set)
+    reported_at_s: float = 0.0
     counts: TokenCounts | None = None
     settled: Amounts | None = None
-
-    def report(self) -> None:
-        """Tell the hold what was used so far."""
-        self.hold.report(self.tally.amounts(self.tally.counts()))
 
     def close_books(self) -> tuple[TokenCounts, Amounts]:
         """Final counts, reported to the hold; further calls return the same."""
@@ -73,6 +71,60 @@ class Run:
             self.hold.report(self.settled)
         return self.counts, self.settled
 
+    def take(self, deltas: list[Delta]) -> list[Delta]:
+        """Count what arrived; what of it may be delivered, and every finish once a bound is met.
+
+        Raises: DeadlinePassed when the envelope's seconds end before anything arrived.
+        """
+        tally, cap = self.tally, self.call.thinking.cap
+        for delta in deltas:
+            tally.add(delta)
+            if delta.finish_reason is not None:
+                self.finished.add(delta.index)
+        if cap is not None and tally.most_thinking > cap:
+            tally.capped = True
+            return [*self._within(deltas, cap), *self.end("cap")]
+        now_s = self.clock()
+        spent = self._spent(now_s)
+        if spent is not None and len(self.finished) < self.choices:
+            if spent == "envelope.seconds" and not tally.output():
+                raise DeadlinePassed("The envelope's seconds passed before the first token.")
+            return [*deltas, *self.end(spent)]
+        if now_s - self.reported_at_s > REPORT_EVERY_S:
+            self.reported_at_s = now_s
+            self.hold.report(tally.amounts(tally.counts()))
+        return deltas
+
+    def _spent(self, now_s: float) -> str | None:
+        """The bound that is met, or None."""
+        if self.tally.output() > self.call.max_tokens * self.choices:
+            return "hold"
+        if not self.envelope.is_bounded():
+            return None
+        used = self.tally.amounts(self.tally.counts())
+        try:
+            self.envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=now_s)
+        except EnvelopeSpent as exc:
+            return f"envelope.{exc.part}"
+        return None
+
+    def _within(self, deltas: list[Delta], cap: int) -> list[Delta]:
+        """Deltas up to the cap; the thinking of one that goes beyond is moved to `wasted`: it reaches no client."""
+        used = dict(self.tally.thinking_by_choice)
+        for delta in deltas:
+            used[delta.index] = used.get(delta.index, 0) - delta.thinking
+        kept = []
+        for delta in deltas:
+            before = used[delta.index]
+            used[delta.index] += delta.thinking
+            if delta.thinking and used[delta.index] > cap:
+                self.overrun += used[delta.index] - max(cap, before)
+                self.tally.waste(delta)
+                self.finished.discard(delta.index)
+            else:
+                kept.append(delta)
+        return kept
+
     def end(self, why: str) -> list[Delta]:
         """The finish of every choice that has none yet: cut short."""
         self.ended_by = why
@@ -81,68 +133,26 @@ class Run:
         return [Delta(index=i, finish_reason="length") for i in unfinished]
 
 
-async def placed(run: Run) -> AsyncGenerator[list[Delta], None]:
-    """The call's deltas from the best backend; another one if a backend cannot be reached.
+async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
+    """The call's deltas from the best backend, within every bound; another backend if one cannot be reached.
 
-    Raises: Overloaded when none can; whatever the backend raises.
+    Raises: Overloaded when none can; DeadlinePassed; UpstreamError when the backend says that it is done and
+        a choice is not; whatever else the backend raises.
     """
     tried: list[Slot] = []
-    while True:
+    is_done = False
+    while not is_done:
         slot = run.slot = run.model.choose(without=tried)
         with slot as backend:
             try:
                 async with aclosing(backend.generate(run.call)) as batches:
                     async for deltas in batches:
-                        yield deltas
+                        yield run.take(deltas)
+                        if run.ended_by is not None:
+                            return
+                is_done = True
             except UpstreamUnreachable as exc:
                 slot.mark_down(exc.message)
                 tried.append(slot)
-            else:
-                return
-
-
-async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
-    """As `placed`, counted, reported, and ended when the envelope or the hold is used up.
-
-    Raises: DeadlinePassed when the envelope's seconds end before anything arrived, UpstreamError when the
-        backend says that it is done and a choice is not.
-    """
-    tally, finished = run.tally, run.finished
-    is_bounded = run.envelope.is_bounded()
-    most_output = run.call.max_tokens * run.choices
-    reported_at = run.clock()
-    async with aclosing(placed(run)) as batches:
-        async for deltas in batches:
-            for delta in deltas:
-                tally.add(delta)
-                if delta.finish_reason is not None:
-                    finished.add(delta.index)
-            yield deltas
-            now = run.clock()
-            spent = _spent(run, now) if is_bounded else None
-            if spent is not None or (tally.output() > most_output and len(finished) < run.choices):
-                yield _ended(run, spent or "hold")
-                return
-            if now - reported_at > REPORT_EVERY_S:
-                reported_at = now
-                run.report()
-    if len(finished) < run.choices:
+    if len(run.finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")
-
-
-def _spent(run: Run, now_s: float) -> str | None:
-    """The part of the envelope that is used up, or None."""
-    used = run.tally.amounts(run.tally.counts())
-    try:
-        run.envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=now_s)
-    except EnvelopeSpent as exc:
-        return f"envelope.{exc.part}"
-    return None
-
-
-def _ended(run: Run, why: str) -> list[Delta]:
-    if len(run.finished) >= run.choices:
-        return []
-    if why == "envelope.seconds" and not run.tally.output():
-        raise DeadlinePassed("The envelope's seconds passed before the first token.")
-    return run.end(why)

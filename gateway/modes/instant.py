@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gateway.modes.reasoning import capped_flow
+from gateway.modes.flow import flow
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -19,4 +19,4 @@ if TYPE_CHECKING:
 
 def instant(run: Run) -> AsyncGenerator[list[Delta], None]:
     """The answer's deltas. Raises: whatever the backend raises."""
-    return capped_flow(run)
+    return flow(run)

@@ -1,6 +1,6 @@
 """Reasoning mode on the native path: the backend caps, the gateway counts and holds it to the cap.
 
-Owns: cutting a backend that thinks beyond the cap, and stop strings, which only ever end the answer.
+Owns: stop strings, which only ever end the answer. The cap itself is held by `flow`, for every mode.
 """
 
 from __future__ import annotations
@@ -22,45 +22,13 @@ if TYPE_CHECKING:
 
 def reasoning(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncGenerator[list[Delta], None]:
     """Thinking and answer deltas; the answer ends before the first of `stops`."""
-    return stopped_flow(run, stops, keep_stop=keep_stop) if stops else capped_flow(run)
-
-
-async def capped_flow(run: Run) -> AsyncGenerator[list[Delta], None]:
-    """As `flow`; a choice whose thinking passes the cap ends the call, and what is beyond is wasted."""
-    cap = run.call.thinking.cap
-    by_choice = run.tally.thinking_by_choice
-    async with aclosing(flow(run)) as batches:
-        async for deltas in batches:
-            if cap is not None and by_choice and max(by_choice.values()) > cap:
-                kept = _within(run, deltas, cap)
-                run.tally.capped = True
-                yield [*kept, *run.end("cap")]
-                return
-            yield deltas
-
-
-def _within(run: Run, deltas: list[Delta], cap: int) -> list[Delta]:
-    """Deltas up to the cap; the thinking of one that goes beyond is moved to `wasted`: it reaches no client."""
-    used = dict(run.tally.thinking_by_choice)
-    for delta in deltas:
-        used[delta.index] = used.get(delta.index, 0) - delta.thinking
-    kept = []
-    for delta in deltas:
-        before = used[delta.index]
-        used[delta.index] += delta.thinking
-        if delta.thinking and used[delta.index] > cap:
-            run.overrun += used[delta.index] - max(cap, before)
-            run.tally.waste(delta)
-            run.finished.discard(delta.index)
-        else:
-            kept.append(delta)
-    return kept
+    return stopped_flow(run, stops, keep_stop=keep_stop) if stops else flow(run)
 
 
 async def stopped_flow(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncGenerator[list[Delta], None]:
-    """As `capped_flow`, with the answer of each choice ended at a stop string."""
+    """As `flow`, with the answer of each choice ended at a stop string."""
     filters = [StopFilter(stops, keep=keep_stop) for _ in range(run.choices)]
-    async with aclosing(capped_flow(run)) as batches:
+    async with aclosing(flow(run)) as batches:
         async for deltas in batches:
             kept = [delta for delta in deltas if _filter(run, filters, delta)]
             if kept:

@@ -123,8 +123,8 @@ async def test_the_cap_is_exact_on_markers_of_one_token(thinking, cap):
 
 async def test_the_chain_may_end_by_itself(thinking):
     """A short question is thought through before the cap: closed, answered, not capped."""
-    answer = await ask(thinking, cap=200, native=True, max_tokens=260)
-    assert 0 < answer.counts["thinking"] < 200
+    answer = await ask(thinking, cap=100, native=True, max_tokens=120)
+    assert 0 < answer.counts["thinking"] < 100
     assert "Paris" in answer.thought
     assert (answer.capped, answer.text != "") == (0, True)
 
@@ -159,7 +159,7 @@ async def test_the_answer_matches_its_schema(instruct):
     messages = [{"role": "user", "content": "Invent a person."}]
     answer = await ask(instruct, cap=6, messages=messages, response_format=asked)
     assert set(json.loads(answer.text)) == {"name", "age"}
-    assert answer.counts["thinking"] == 6
+    assert 0 < answer.counts["thinking"] <= 6
 
 
 async def test_a_conversation_with_a_tool_result_is_understood(instruct):

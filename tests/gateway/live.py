@@ -39,9 +39,7 @@ INSTANT: Json = {**ASK, "thinkgate": {"mode": "instant"}}
 
 def tree_of(*backends: ScriptedBackend, **more: Any) -> Json:
     """A configuration with one model over these backends, called a, b, and so on; `more` is added at the top."""
-    entries = [
-        {"id": chr(ord("a") + i), "url": backend.url, "kind": "vllm"} for i, backend in enumerate(backends)
-    ]
+    entries = [{"id": chr(ord("a") + i), "url": backend.url, "kind": "vllm"} for i, backend in enumerate(backends)]
     model: Json = {
         "upstream_model": "scripted",
         "backends": entries,

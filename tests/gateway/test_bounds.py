@@ -27,7 +27,7 @@ class Unlimited(Model):
         return Model.generate(self, {**request, "max_tokens": 10000}, index, say, thinks=thinks)
 
 
-def whole(answer: Answer) -> tuple[Json, Json]:
+def whole(answer: Answer) -> tuple[dict[int, Json], Json]:
     """The texts by choice and field, and the extension, of a stream or a whole answer."""
     if answer.headers["content-type"] == "application/json":
         body = answer.json
@@ -103,9 +103,7 @@ async def test_thinking_in_instant_mode_reaches_no_client(
 
 @pytest.mark.parametrize("body", [STREAM, ASK, {**INSTANT, "stream": True}, INSTANT])
 @pytest.mark.parametrize("envelope", [{"tokens": 60}, {"usd": 0.00012}])
-async def test_envelope_ends_the_answer(
-    gateway: Live, scripted: ScriptedBackend, body: Json, envelope: Json
-) -> None:
+async def test_envelope_ends_the_answer(gateway: Live, scripted: ScriptedBackend, body: Json, envelope: Json) -> None:
     """Tokens or dollars of the envelope that are used up end the call: what came is delivered, and says why."""
     scripted.queue(Script(say=[TALKS]))
     texts, extension = whole(await ask(gateway, {**bounded(body, **envelope), "max_tokens": 300}))

@@ -6,7 +6,20 @@ from typing import Literal
 
 import pytest
 
-from tests.gateway.live import ASK, CHAT, COMPLETIONS, EMBEDDINGS, INSTANT, STREAM, Client, Json, Live, ask, live, tree_of
+from tests.gateway.live import (
+    ASK,
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    INSTANT,
+    STREAM,
+    Client,
+    Json,
+    Live,
+    ask,
+    live,
+    tree_of,
+)
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Gate, Reply, Script
 from tests.scripted_stream import Say, Token, tokens
@@ -69,9 +82,7 @@ async def test_leaving_in_the_middle_settles_what_came(
     assert not call.done.is_set()
 
 
-async def test_leaving_while_embeddings_are_made_closes_the_upstream(
-    gateway: Live, scripted: ScriptedBackend
-) -> None:
+async def test_leaving_while_embeddings_are_made_closes_the_upstream(gateway: Live, scripted: ScriptedBackend) -> None:
     """An embedding request is watched like the others."""
     gate = Gate()
     scripted.routes[EMBEDDINGS] = Reply(body=b"{}", gate=gate)
@@ -162,5 +173,5 @@ async def test_goodbye_that_is_not_read_is_not_waited_for(
             gateway.gateway.watch.cancel_all()
             await scripted.calls[0].wait_closed()
             await gateway.assert_settled()
-            assert b"data: {\"error\"" not in await client.closed()
+            assert b'data: {"error"' not in await client.closed()
     assert gateway.request_lines()[0]["ended_by"] == "drain"

@@ -67,9 +67,7 @@ async def until_refused(port: int) -> None:
 
 
 @pytest.mark.timeout(60)
-async def test_running_stream_is_finished_before_the_process_ends(
-    scripted: ScriptedBackend, tmp_path: Path
-) -> None:
+async def test_running_stream_is_finished_before_the_process_ends(scripted: ScriptedBackend, tmp_path: Path) -> None:
     """On SIGTERM no connection is accepted any more, the stream goes on to its [DONE], and the exit status is 0."""
     async with process(quiet(tree_of(scripted)), tmp_path) as (child, port), Client(port) as client:
         scripted.forget()

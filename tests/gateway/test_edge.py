@@ -200,7 +200,9 @@ async def test_key_is_held_to_its_models_and_modes(scripted: ScriptedBackend) ->
 async def test_limits_are_told_on_success(scripted: ScriptedBackend, body: Json) -> None:
     """An answer carries the tightest limits of requests and tokens, what is left of them and when they reset."""
     limits = limits_of(
-        ("key:anyone", "requests", 5, "hour"), ("model:qwen", "tokens", 90000, "day"), ("key:anyone", "tokens", 10**9, "day")
+        ("key:anyone", "requests", 5, "hour"),
+        ("model:qwen", "tokens", 90000, "day"),
+        ("key:anyone", "tokens", 10**9, "day"),
     )
     async with live(tree_of(scripted, limits=limits)) as gateway:
         headers = (await ask(gateway, body)).headers

@@ -194,11 +194,7 @@ async def test_tool_calls_stream_in_openais_shape(saying):
     said = '<tool_call>\n{"name": "f", "arguments": {"a": true}}\n</tool_call>'
     deltas = await saying(said).all(call(tools=[TOOL], max_tokens=200))
     parts = [p for d in deltas if d.tool_calls is not None for p in d.tool_calls]
-    assert (parts[0]["index"], parts[0]["type"], parts[0]["function"]) == (
-        0,
-        "function",
-        {"name": "f", "arguments": ""},
-    )
+    assert (parts[0]["index"], parts[0]["type"], parts[0]["function"]["name"]) == (0, "function", "f")
     assert parts[0]["id"].startswith("call_")
     assert "".join(p["function"]["arguments"] for p in parts) == '{"a": true}'
     assert text(deltas) == ""
@@ -221,6 +217,15 @@ async def test_the_engine_refuses_in_the_gateways_words(saying):
         await served.all(call(frobnicate=1))
     assert unknown.value.code == "unknown_parameter"
     assert len(served.model.network.fed) == 0
+
+
+async def test_a_request_nested_beyond_reason_is_refused(saying):
+    """A document that no parser follows to its end is the client's mistake."""
+    served = saying("x")
+    asked = call()
+    asked = msgspec.structs.replace(asked, fields={**asked.fields, "tools": msgspec.Raw(b"[" * 9000 + b"]" * 9000)})
+    with pytest.raises(InvalidRequest):
+        await served.all(asked)
 
 
 async def test_a_failure_is_an_upstream_error_and_the_next_call_works(saying):

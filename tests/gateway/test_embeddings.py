@@ -63,7 +63,14 @@ async def test_answer_without_usage_is_charged_its_bound(
 
 @pytest.mark.parametrize(
     "reply",
-    [Reply(body=b"<html>"), json_reply([]), json_reply({}), json_reply({"data": 5}), refusal(500, "boom"), refusal(401, "no")],
+    [
+        Reply(body=b"<html>"),
+        json_reply([]),
+        json_reply({}),
+        json_reply({"data": 5}),
+        refusal(500, "boom"),
+        refusal(401, "no"),
+    ],
 )
 async def test_no_embedding_is_a_bad_gateway(gateway: Live, scripted: ScriptedBackend, reply: Reply) -> None:
     """Whatever is no list of embeddings is a 502, and nothing stays held."""
@@ -97,7 +104,9 @@ async def test_unreachable_backend_is_replaced(scripted: ScriptedBackend) -> Non
 async def test_limits_hold_for_embeddings(scripted: ScriptedBackend) -> None:
     """They draw on the same limits as completions, and keys are held to their models."""
     scripted.routes[EMBEDDINGS] = answer_of()
-    tree = tree_of(scripted, limits=limits_of(("key:ada", "tokens", 20, "day")), keys=[key_of("ada", "good", models=[MODEL])])
+    tree = tree_of(
+        scripted, limits=limits_of(("key:ada", "tokens", 20, "day")), keys=[key_of("ada", "good", models=[MODEL])]
+    )
     tree["models"]["other"] = tree["models"][MODEL]
     headers = {"authorization": "Bearer good"}
     async with live(tree) as gateway:

@@ -70,7 +70,9 @@ async def test_fresh_connection_that_is_dropped_is_not_retried(pool: Pool, scrip
     assert len(scripted.exchanges) == 1
 
 
-@pytest.mark.parametrize("begun", [b"H", b"HTTP/1.1 200 OK\r\ncontent-le", b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab"])
+@pytest.mark.parametrize(
+    "begun", [b"H", b"HTTP/1.1 200 OK\r\ncontent-le", b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab"]
+)
 async def test_reused_connection_is_not_retried_after_a_byte(
     pool: Pool, scripted: ScriptedBackend, begun: bytes
 ) -> None:
@@ -92,9 +94,7 @@ async def test_replacement_that_cannot_connect_was_not_reached(pool: Pool, scrip
 
 
 @pytest.mark.parametrize("body", [STREAM, ASK, INSTANT])
-async def test_keep_alive_race_is_not_seen_by_clients(
-    gateway: Live, scripted: ScriptedBackend, body: Json
-) -> None:
+async def test_keep_alive_race_is_not_seen_by_clients(gateway: Live, scripted: ScriptedBackend, body: Json) -> None:
     """Through the whole gateway: the server closed the idle connection a moment before, the client gets its answer."""
     assert (await ask(gateway, body)).status == 200
     scripted.drops_reused = True

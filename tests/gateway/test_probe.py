@@ -127,9 +127,7 @@ DOWN: list[tuple[str, dict[str, Reply], str]] = [
 
 
 @pytest.mark.parametrize(("routes", "says"), [case[1:] for case in DOWN], ids=[case[0] for case in DOWN])
-async def test_server_that_cannot_serve_is_down(
-    scripted: ScriptedBackend, routes: dict[str, Reply], says: str
-) -> None:
+async def test_server_that_cannot_serve_is_down(scripted: ScriptedBackend, routes: dict[str, Reply], says: str) -> None:
     """A server that does not serve the model is down, and the reason is said in words."""
     scripted.routes |= routes
     with pytest.raises(UpstreamError, match=says):
@@ -168,9 +166,7 @@ async def test_strange_answers_are_answers(scripted: ScriptedBackend, path: str,
         assert not (await backend_of(scripted.url).probe()).cap_binds or path == "/v1/models"
 
 
-async def test_down_server_says_why_and_comes_up(
-    scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_down_server_says_why_and_comes_up(scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is down for a reason says so in readiness, and is up without a restart once that is mended."""
     monkeypatch.setattr("gateway.models.PROBE_AGAIN_S", 0.02)
     models = scripted.routes["/v1/models"]

@@ -152,7 +152,7 @@ BAD: list[tuple[str, str]] = [
 async def test_bad_file_changes_nothing(
     scripted: ScriptedBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str
 ) -> None:
-    """A file that cannot be used leaves the old configuration in force; the log and a metric say so until it is mended."""
+    """A file that cannot be used leaves the old configuration in force; log and metric say so until it is mended."""
     path, tree = tmp_path / "thinkgate.yaml", tree_of(scripted)
     async with reloading(path, monkeypatch, tree) as (gateway, _):
         before = gateway.gateway.serving

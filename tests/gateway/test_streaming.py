@@ -195,9 +195,7 @@ async def test_failure_after_the_first_byte_ends_the_stream_with_an_error(
 
 
 @pytest.mark.parametrize("script", [script for _, script in GARBAGE], ids=[name for name, _ in GARBAGE])
-async def test_failure_of_a_folded_call_is_a_status(
-    gateway: Live, scripted: ScriptedBackend, script: Script
-) -> None:
+async def test_failure_of_a_folded_call_is_a_status(gateway: Live, scripted: ScriptedBackend, script: Script) -> None:
     """The same failures, where the client did not ask for a stream, are a 502 and settle what was received."""
     scripted.queue(script)
     answer = await ask(gateway)

@@ -233,6 +233,16 @@ def test_a_character_cut_by_the_cap_is_dropped():
     assert heard.counts[0] == 2
 
 
+@pytest.mark.parametrize(("last", "finish"), [(EOS, "stop"), (None, "length")])
+def test_a_beginning_of_a_marker_is_answer_if_nothing_follows(last, finish):
+    """Text that might have opened the chain is shown when the choice ends there."""
+    script = Script()
+    choice = script.choice(script.plan(9, single=False), max_tokens=1 if last is None else 9)
+    heard = drive(choice, [script.id_of("<"), *([] if last is None else [last])])
+    assert (heard.answer, heard.finish) == ("<", [finish])
+    assert heard.counts == (0, 1 if last is None else 2, 0)
+
+
 def test_max_tokens_ends_thinking_without_a_marker():
     """The limit of the whole choice ends it wherever it is, with `length`."""
     script = Script()

@@ -68,7 +68,7 @@ def test_json_is_written_on_one_line(tokens):
 @pytest.mark.parametrize(
     "schema",
     [
-        {"type": "objekt"},
+        {"type": "thing"},
         {"type": "string", "pattern": "("},
         {"$ref": "#/nowhere"},
         {"type": "array", "uniqueItems": True},
@@ -135,7 +135,7 @@ def test_markers_that_are_tokens_are_matched_by_id():
 
 def test_parameters_that_are_no_schema_are_refused_by_name():
     """The tool at fault is named."""
-    broken = {"name": "f", "parameters": {"type": "objekt"}}
+    broken = {"name": "f", "parameters": {"type": "thing"}}
     with pytest.raises(RequestRefused) as refused:
         tools_grammar([WEATHER, broken], is_required=True, is_parallel=True, marker_ids=None, response_schema=None)
     assert refused.value.param == "tools[1].function.parameters"

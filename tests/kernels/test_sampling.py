@@ -118,6 +118,13 @@ def test_draws_follow_the_distribution():
         assert draws.count(i) / len(draws) == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.parametrize("rule", [{"top_k": 2}, {"top_p": 0.85}, {"min_p": 0.2}])
+def test_dropped_tokens_are_never_drawn(rule):
+    """Top-k, top-p and min-p each keep the third of three tokens out of every draw."""
+    one = sampler(3, seed=6, **rule)
+    assert {one.pick(torch.tensor([0.0, 1.0, 2.0])) for _ in range(300)} == {1, 2}
+
+
 def test_bias_moves_and_bans():
     """A bias is added to its token's logit."""
     row = torch.tensor([0.0, 1.0, 2.0])

@@ -53,6 +53,12 @@ def test_markup_never_reaches_the_content(calls, borders):
     assert parse(cut(written(calls), borders))[0] == ""
 
 
+def test_each_call_is_one_piece_per_push():
+    """Name and arguments that arrive together are one piece, so a delta has each index once."""
+    _, parts = ToolCallParser().push(written([("f", {"a": "b"}), ("g", {})]))
+    assert [(part.index, part.name, part.arguments) for part in parts] == [(0, "f", '{"a": "b"}'), (1, "g", "{}")]
+
+
 def test_arguments_stream_before_the_call_is_over():
     """The arguments of a call are handed on while they are written."""
     parser = ToolCallParser()
