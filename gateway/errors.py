@@ -20,6 +20,7 @@ Source of the table: docs/api.md, "Errors".
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import msgspec
@@ -73,7 +74,7 @@ class GatewayError(Exception):
         """Headers that tell the OpenAI SDK whether and when to retry."""
         headers: Headers = []
         if self.retry_after_s is not None:
-            retry_ms = max(1, int(self.retry_after_s * 1000))
+            retry_ms = max(1, math.ceil(self.retry_after_s * 1000))  # never too early
             headers.append((b"retry-after", b"%d" % -(-retry_ms // 1000)))
             headers.append((b"retry-after-ms", b"%d" % retry_ms))
         elif not self.is_retryable and self.http_status in {408, 409, 429, *range(500, 600)}:

@@ -64,12 +64,9 @@ def decide_mode(facts: ModeFacts) -> ModeDecision:
         if facts.allowed is not None and facts.asked not in facts.allowed:
             raise ModeForbidden(facts.asked, facts.allowed)
         return ModeDecision(facts.asked, f"asked by {facts.asked_by}")
-    if facts.allowed is not None:
-        usable = [mode for mode in MODES if mode in facts.allowed]
-        if not usable:
-            raise ModeForbidden("instant", facts.allowed)
-        if len(usable) == 1:
-            return ModeDecision(usable[0], "the key's only mode")
+    only = None if facts.allowed is None else _only_mode(facts.allowed)
+    if only is not None:
+        return ModeDecision(only, "the key's only mode")
     if facts.thinking_room <= 0:
         return ModeDecision("instant", "limits leave no room for thinking")
     if facts.default_mode != "auto":
@@ -77,3 +74,11 @@ def decide_mode(facts: ModeFacts) -> ModeDecision:
     if not facts.is_native:
         return ModeDecision("instant", "the model does not think by itself, and nothing asks it to")
     return ModeDecision(facts.on_uncertain, "nothing in the request decides it: routing.on_uncertain")
+
+
+def _only_mode(allowed: Collection[str]) -> Mode | None:
+    """The one mode a key may use; None when it may use several. Raises: ModeForbidden when it may use none."""
+    usable = [mode for mode in MODES if mode in allowed]
+    if not usable:
+        raise ModeForbidden("instant", allowed)
+    return usable[0] if len(usable) == 1 else None
