@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -161,8 +162,6 @@ def attempts(i: int) -> Iterator[tuple[object, dict[str, str]]]:
 
 async def test_no_client_can_multiply_the_series() -> None:
     """Models, keys, users, fields, prompts and ids of a client's invention add no series after the first round."""
-    import hashlib
-
     keys = [{"id": "ada", "secret_sha256": hashlib.sha256(b"sk-ada").hexdigest()}]
     gateway, _ = gateway_of(config_of(keys=keys))
     try:
