@@ -1,135 +1,15 @@
-"""The ledger in memory: held before, settled after, never beyond a limit."""
+"""The ledger in memory: held before, settled after, never beyond a limit, in calendar windows."""
 
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
 
 from budget.errors import BudgetError, HoldRefused
-from budget.ledger import Amounts, Limit, Remaining, Unit, Window
+from budget.ledger import Amounts, Remaining, Window
 from budget.memory import MemoryLedger, window_end
-from tests.budget.machine import LedgerMachine
-
-MANY = settings(max_examples=80, stateful_step_count=25, deadline=None)
-FIND = settings(
-    max_examples=400,
-    stateful_step_count=25,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
-TEN = Amounts(tokens=10)
-
-
-class Clock:
-    """Seconds since 1970, as a test wants them."""
-
-    def __init__(self, year: int = 2024, month: int = 5, day: int = 17, hour: int = 12) -> None:
-        self.now = dt.datetime(year, month, day, hour, tzinfo=dt.UTC).timestamp()
-
-    def __call__(self) -> float:
-        """The time."""
-        return self.now
-
-
-def tokens(amount: int, window: Window | None = "hour", scope: str = "key:a", unit: Unit = "tokens") -> Limit:
-    """A limit."""
-    return Limit(scope=scope, unit=unit, amount=amount, window=window)
-
-
-def ledger_of(*limits: Limit) -> tuple[MemoryLedger, Clock]:
-    """A ledger at noon."""
-    clock = Clock()
-    return MemoryLedger(limits, clock=clock), clock
-
-
-def test_the_ledger_agrees_with_its_definition() -> None:
-    """Holds, reports, ends, clock jumps and reloads in any order leave the books as the history says."""
-    run_state_machine_as_test(LedgerMachine, settings=MANY)
-
-
-class DropsSettlements(MemoryLedger):
-    """Gives a hold back without settling its use."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        super().settle(accounts, windows, ceiling, Amounts())
-
-
-class ForgetsToRelease(MemoryLedger):
-    """Settles no hold that used exactly nothing."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        if used != Amounts():
-            super().settle(accounts, windows, ceiling, used)
-
-
-class SkipsAScope(MemoryLedger):
-    """Holds nothing in the widest scope."""
-
-    def take(self, scopes: Sequence[str], ceiling: Amounts) -> list[Any]:
-        return super().take(scopes[:2], ceiling)
-
-
-class HoldsBeforeItLooks(MemoryLedger):
-    """Takes scope after scope, and keeps what it has when a later one refuses."""
-
-    def take(self, scopes: Sequence[str], ceiling: Amounts) -> list[Any]:
-        taken = [account for scope in scopes for account in super(HoldsBeforeItLooks, self).take([scope], ceiling)]
-        for _ in scopes[1:]:
-            self._count(ceiling, -1)
-        if not scopes:
-            self._count(ceiling, 1)
-        return taken
-
-
-class SettlesIntoTheNextWindow(MemoryLedger):
-    """Charges a hold to whatever window is open when it ends."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        super().settle(accounts, [account.window_id for account in accounts], ceiling, used)
-
-
-class ForgetsDebt(MemoryLedger):
-    """Never settles more than was held."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        super().settle(accounts, windows, ceiling, min(used, ceiling, key=lambda amounts: amounts.tokens))
-
-
-class ForgetsOnReload(MemoryLedger):
-    """Begins anew with every reload."""
-
-    def set_limits(self, limits: Sequence[Limit]) -> None:
-        self._accounts = {}
-        super().set_limits(limits)
-
-
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        DropsSettlements,
-        ForgetsToRelease,
-        SkipsAScope,
-        HoldsBeforeItLooks,
-        SettlesIntoTheNextWindow,
-        ForgetsDebt,
-        ForgetsOnReload,
-    ],
-)
-def test_the_machine_catches_a_ledger_that_cheats(mutant: type[MemoryLedger]) -> None:
-    """The machine above can fail: every ledger with one rule broken is found out."""
-    machine = type(mutant.__name__, (LedgerMachine,), {"ledger_class": mutant})
-    with pytest.raises(AssertionError):
-        run_state_machine_as_test(machine, settings=FIND)
+from tests.budget.clocks import TEN, Clock, ledger_of, tokens, utc
 
 
 async def test_a_hold_is_replaced_by_what_was_used() -> None:
@@ -384,11 +264,6 @@ async def test_closing_loses_nothing() -> None:
     async with ledger.hold(["key:a"], TEN):
         await ledger.close()
         assert ledger.held() == TEN
-
-
-def utc(year: int, month: int, day: int, hour: int = 0, minute: int = 0, second: int = 0) -> float:
-    """A moment in UTC, as epoch seconds."""
-    return dt.datetime(year, month, day, hour, minute, second, tzinfo=dt.UTC).timestamp()
 
 
 @pytest.mark.parametrize(

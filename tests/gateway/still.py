@@ -17,6 +17,11 @@ CHAT: Json = {"model": "qwen", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: Json = {"model": "qwen", "prompt": "hi"}
 
 
+def key(**changes: Any) -> Key:
+    """A key with these restrictions."""
+    return Key(**{"id": "ada", "scopes": ("key:ada",), **changes})
+
+
 def config_of(model: Json | None = None, **top: Any) -> Config:
     """A configuration with one model, `qwen`, called `up/qwen` at its backend."""
     entry: Json = {

@@ -165,7 +165,7 @@ def test_a_backends_credential_comes_from_the_environment(monkeypatch: pytest.Mo
     monkeypatch.setenv("UP_KEY", "sk-up\n")
     backend = build_models(config_of(entry))["qwen"].slots[0].backend
     assert isinstance(backend, HttpBackend)
-    assert backend.pool.headers == [("authorization", "Bearer sk-up")]
+    assert backend.pool.headers == {"authorization": "Bearer sk-up"}
     monkeypatch.delenv("UP_KEY")
     with pytest.raises(ConfigError, match=r"models\.qwen\.backends\[a\]\.api_key_env: the variable UP_KEY is unset"):
         build_models(config_of(entry))
