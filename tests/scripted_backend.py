@@ -20,7 +20,7 @@ from typing import Literal, Self
 
 import httptools
 
-from tests.scripted_script import NOT_FOUND, Exchange, Reply, Script, json_reply, refusal
+from tests.scripted_script import END, NOT_FOUND, Exchange, Reply, Script, json_reply, refusal
 from tests.scripted_stream import Json, Model, Say, Stream, dump, prompt_ids, prompts_of, tokens, wants_thinking
 
 CALLS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -220,8 +220,7 @@ class _Connection(asyncio.Protocol):
 
     async def _script(self, exchange: Exchange, script: Script) -> bool:
         stream = self._generate(exchange, script)
-        if -1 in script.gates:
-            await script.gates[-1].hold()
+        await _stand(script, -1)
         if not exchange.json.get("stream"):
             return await self._reply(Reply(body=dump(stream.body())))
         self._head(200, "text/event-stream; charset=utf-8", [("transfer-encoding", "chunked")])
@@ -241,6 +240,7 @@ class _Connection(asyncio.Protocol):
                 await self._write(b"".join(pending), script)
                 pending.clear()
         await self._write(b"".join(pending), script)
+        await _stand(script, END)
         if self._transport.is_closing():
             return False
         self._transport.write(b"0\r\n\r\n")
@@ -269,6 +269,11 @@ class _Connection(asyncio.Protocol):
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             await asyncio.sleep(0)  # let the other side see the pieces apart
             await self._writable.wait()
+
+
+async def _stand(script: Script, where: int) -> None:
+    if where in script.gates:
+        await script.gates[where].hold()
 
 
 def _replaced(events: Iterator[bytes], script: Script) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import Literal
 from tests.scripted_stream import Choice, Json, Model, Say, dump
 
 DEADLINE_S = 10.0
+END = -2
 
 
 @dataclass(slots=True)
@@ -42,7 +43,8 @@ class Script:
     Attributes:
         say: what the model would say, per choice; the last entry serves all further choices.
         model: how the model behaves; None: as the server's.
-        gates: where to stand still: number of events sent so far -> gate. -1: before the head.
+        gates: where to stand still: number of events sent so far -> gate. -1: before the head;
+            END: after the last event, before the end of the HTTP message.
         tokens_per_event: tokens that travel in one event.
         events_per_write: events that travel in one write.
         bytes_per_write: cut every write into pieces of so many bytes, each an HTTP chunk of its own.

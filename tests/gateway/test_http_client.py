@@ -14,7 +14,7 @@ from gateway.config import Timeouts
 from gateway.errors import DeadlinePassed, UpstreamError
 from tests.gateway.live import ASK, INSTANT, STREAM, Json, Live, ask, live, tree_of
 from tests.scripted_backend import ScriptedBackend
-from tests.scripted_script import Gate, Reply, Script
+from tests.scripted_script import END, Gate, Reply, Script
 
 NOW: Timeouts = Timeouts(first_byte_s=0.001, idle_s=0.001, connect_s=5)
 PATH = "/x"
@@ -205,6 +205,31 @@ async def test_bytes_nobody_asked_for_end_a_connection(pool: Pool, scripted: Scr
     await later(pool.loop)
     assert await fetch(pool) == b"ok"
     assert [exchange.connection for exchange in scripted.exchanges] == [0, 1]
+
+
+async def test_end_of_a_message_is_not_waited_for(gateway: Live, scripted: ScriptedBackend) -> None:
+    """After [DONE] the client has its answer though the message goes on; once it ends, the connection is used again."""
+    gate = Gate()
+    scripted.queue(Script(gates={END: gate}))
+    assert (await ask(gateway, STREAM)).payloads()[-1] == "[DONE]"
+    assert gateway.pool().busy() == 1
+    gate.open()
+    await scripted.calls[0].wait_done()
+    await later(gateway.pool().loop)
+    assert (await ask(gateway, STREAM)).status == 200
+    assert len({call.connection for call in scripted.calls}) == 1
+
+
+async def test_message_that_never_ends_is_closed(
+    gateway: Live, scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that does not end its message after [DONE] loses the connection when the sweep comes."""
+    monkeypatch.setattr(http, "ENDING_S", 0)
+    scripted.queue(Script(gates={END: Gate()}))
+    assert (await ask(gateway, STREAM)).payloads()[-1] == "[DONE]"
+    gateway.pool().sweep()
+    await scripted.calls[0].wait_closed()
+    assert (await ask(gateway, STREAM)).status == 200
 
 
 async def test_informational_answers_are_skipped(pool: Pool, scripted: ScriptedBackend) -> None:

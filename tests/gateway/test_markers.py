@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway.backends.markers import MarkerSplitter, Piece, held_back
 from gateway.backends.port import Kind
 
-FEW = settings(max_examples=300, deadline=None)
+FEW = settings(max_examples=150, deadline=None)
 A, T, I = Kind.ANSWER, Kind.THINKING, Kind.INJECTED  # noqa: E741  # the three kinds, in tables
 MARKERS = st.sampled_from(
     [("<think>", "</think>"), ("<t>", "<t/>"), ("aab", "aba"), ("[THINK]", "[/THINK]"), ("x", "y")]

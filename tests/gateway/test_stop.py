@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gateway.stop import StopFilter
 
-FEW = settings(max_examples=300, deadline=None)
+FEW = settings(max_examples=150, deadline=None)
 WORDS = st.text(alphabet="ab\n", max_size=14)
 STOPS = st.lists(st.text(alphabet="ab\n", max_size=4), max_size=4)
 
