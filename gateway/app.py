@@ -87,7 +87,9 @@ class Gateway(FastAPI):
         self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
         self.watch = Watch(config.server.timeouts)
         self.is_draining = False
-        self.metrics = Metrics(self.ledger.held, lambda: len(self.watch), lambda: self.serving.models)
+        self.metrics = Metrics(
+            self.ledger.held, lambda: len(self.watch), lambda: self.serving.models, before_scrape=self.lines.flush
+        )
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -104,7 +106,7 @@ class Gateway(FastAPI):
 
     async def _hot(self, route: Handler, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        record = Record(exchange, scope["path"])
+        record = Record(exchange, scope["path"], self.metrics)
         watched = self.watch.over(exchange)
         try:
             self._admit(scope)
@@ -121,7 +123,8 @@ class Gateway(FastAPI):
             await self._fail(exchange, record, GatewayError("The gateway failed; its log has the request id."))
         finally:
             record.ended_by = record.ended_by or watched.reason
-            record.publish(self.metrics, self.lines, now_s=time.time())
+            record.close(time.time())
+            self.lines.write(record)
 
     def _admit(self, scope: Scope) -> None:
         if scope["method"] != "POST":

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from datetime import UTC, datetime
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 
@@ -47,9 +47,20 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     cost_nano_usd: int = 0
     error: str | None = None
 
+    def publish(self) -> RequestLine:
+        """A line that is ready."""
+        return self
+
+
+class Publishable(Protocol):
+    """What becomes a request line when the writer gets to it."""
+
+    def publish(self) -> RequestLine:
+        """Do what is left to do for a finished request, and give its line."""
+
 
 class LineWriter:
-    """Writes request lines from a thread of its own.
+    """Publishes finished requests and writes their lines, from a thread of its own and many at a time.
 
     Args:
         stream: where to.
@@ -57,14 +68,15 @@ class LineWriter:
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._pending: deque[RequestLine] = deque()
+        self._pending: deque[Publishable] = deque()
+        self._lock = threading.Lock()
         self._dropped = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="thinkgate-log", daemon=True)
         self._thread.start()
 
-    def write(self, line: RequestLine) -> None:
-        """Queue one line; a writer that cannot keep up drops lines and says how many."""
+    def write(self, line: Publishable) -> None:
+        """Queue one request; a writer that cannot keep up drops some and says how many."""
         if len(self._pending) < MAX_PENDING:
             self._pending.append(line)
         else:
@@ -77,12 +89,17 @@ class LineWriter:
 
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_EVERY_S):
+            self.flush()
+        self.flush()
+
+    def flush(self) -> None:
+        """Publish and write what is pending; from any thread."""
+        with self._lock:
             self._flush()
-        self._flush()
 
     def _flush(self) -> None:
         # One by one, so that a line that is written meanwhile is neither lost nor written twice.
-        out = [_encoder.encode(self._pending.popleft()).decode() for _ in range(len(self._pending))]
+        out = [_encoder.encode(self._pending.popleft().publish()).decode() for _ in range(len(self._pending))]
         dropped, self._dropped = self._dropped, 0
         if dropped:
             out.append(

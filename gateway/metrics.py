@@ -85,11 +85,17 @@ class Metrics(Collector):
         held: amounts held now.
         in_flight: requests being served.
         models: the models served now.
+        before_scrape: publishes requests that have ended but are not counted yet.
     """
 
     def __init__(
-        self, held: Callable[[], Amounts], in_flight: Callable[[], int], models: Callable[[], dict[str, Model]]
+        self,
+        held: Callable[[], Amounts],
+        in_flight: Callable[[], int],
+        models: Callable[[], dict[str, Model]],
+        before_scrape: Callable[[], None] = lambda: None,
     ) -> None:
+        self._before_scrape = before_scrape
         self._held, self._in_flight, self._models = held, in_flight, models
         self._requests = CounterCells("thinkgate_requests", "Requests answered.", ("route", "model", "mode", "status"))
         self._tokens: dict[Labels, list[int]] = {}
@@ -155,6 +161,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily | GaugeMetricFamily]:
         """Everything, as Prometheus sees it."""
+        self._before_scrape()
         yield from (
             cells.collect() for cells in vars(self).values() if isinstance(cells, CounterCells | HistogramCells)
         )

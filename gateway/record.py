@@ -13,7 +13,6 @@ from gateway.log import RequestLine
 
 if TYPE_CHECKING:
     from gateway.edge import Exchange
-    from gateway.log import LineWriter
     from gateway.metrics import Metrics
     from gateway.modes.flow import Run
     from gateway.prepare import Prepared
@@ -23,10 +22,13 @@ class Record:
     """Facts of one request; what a completion does not tell through `begin` and `finish` is set as it is learned."""
 
     __slots__ = (
+        "_ended_at_s",
         "_exchange",
+        "_metrics",
         "_prepared",
         "_route",
         "_run",
+        "_seconds",
         "backend",
         "counts",
         "ended_by",
@@ -38,8 +40,10 @@ class Record:
         "overhead_s",
     )
 
-    def __init__(self, exchange: Exchange, route: str) -> None:
+    def __init__(self, exchange: Exchange, route: str, metrics: Metrics) -> None:
         self._exchange = exchange
+        self._metrics = metrics
+        self._seconds = self._ended_at_s = 0.0
         self._route = route
         self._prepared: Prepared | None = None
         self._run: Run | None = None
@@ -68,10 +72,15 @@ class Record:
         self.backend = run.slot.config.id if run.slot is not None else ""
         self.ended_by = run.ended_by or self.ended_by
 
-    def publish(self, metrics: Metrics, lines: LineWriter, *, now_s: float) -> None:
-        """Count and log the request, whatever became of it; `now_s` is in seconds since 1970."""
-        exchange, prepared, run = self._exchange, self._prepared, self._run
-        seconds = time.perf_counter() - exchange.began_s
+    def close(self, now_s: float) -> None:
+        """The request is over, whatever became of it; `now_s` is in seconds since 1970."""
+        self._seconds = time.perf_counter() - self._exchange.began_s
+        self._ended_at_s = now_s
+
+    def publish(self) -> RequestLine:
+        """Count the request in the metrics, and give its line; later, and for many requests in a row."""
+        exchange, prepared, run, metrics = self._exchange, self._prepared, self._run, self._metrics
+        seconds = self._seconds
         model, mode, reason = self.model, "", ""
         if prepared is not None:
             mode, reason = prepared.decision.mode, prepared.decision.reason
@@ -87,26 +96,24 @@ class Record:
                 metrics.capped(model)
             if run.overrun:
                 metrics.overrun(model, self.backend)
-        lines.write(
-            RequestLine(
-                event="request",
-                time=now_s,
-                request_id=exchange.request_id,
-                route=self._route,
-                status=exchange.status,
-                key=self.key,
-                model=model,
-                mode=mode,
-                mode_reason=reason,
-                backend=self.backend,
-                stream=prepared is not None and prepared.ask.stream,
-                seconds=round(seconds, 6),
-                overhead_ms=round(self.overhead_s * 1000, 3),
-                tokens=self.counts,
-                cap=cap,
-                capped=capped,
-                ended_by=self.ended_by,
-                cost_nano_usd=self.nano_usd,
-                error=self.error,
-            )
+        return RequestLine(
+            event="request",
+            time=self._ended_at_s,
+            request_id=exchange.request_id,
+            route=self._route,
+            status=exchange.status,
+            key=self.key,
+            model=model,
+            mode=mode,
+            mode_reason=reason,
+            backend=self.backend,
+            stream=prepared is not None and prepared.ask.stream,
+            seconds=round(seconds, 6),
+            overhead_ms=round(self.overhead_s * 1000, 3),
+            tokens=self.counts,
+            cap=cap,
+            capped=capped,
+            ended_by=self.ended_by,
+            cost_nano_usd=self.nano_usd,
+            error=self.error,
         )
