@@ -47,6 +47,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         model_max: the model's ceiling.
         key_max: the key's ceiling, or None.
         total_max: tokens of thinking and answer together that the request allows, or None.
+        window: the model's context window, or None.
         answer_floor: tokens kept back for the answer.
         default: cap when the request says nothing.
         effort_tokens: the model's own table, which overrides the shares.
@@ -55,6 +56,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     model_max: int
     key_max: int | None = None
     total_max: int | None = None
+    window: int | None = None
     answer_floor: int = 0
     default: int = 0
     effort_tokens: Mapping[str, int] = {}
@@ -67,6 +69,9 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         if self.total_max is not None and self.total_max - self.answer_floor < best:
             best = max(0, self.total_max - self.answer_floor)
             why = f"the total limit {self.total_max} less {self.answer_floor} kept for the answer"
+        if self.window is not None and self.window - self.answer_floor < best:
+            best = max(0, self.window - self.answer_floor)
+            why = f"the context window {self.window} less {self.answer_floor} kept for the answer"
         return best, why
 
 

@@ -39,7 +39,3 @@ class Envelope:
             raise EnvelopeSpent("usd")
         if self.deadline_s is not None and now_s >= self.deadline_s:
             raise EnvelopeSpent("seconds")
-
-    def output_room(self, prompt_tokens: int) -> int | None:
-        """Tokens left for output after the prompt; None when unbounded, 0 when the prompt fills it."""
-        return None if self.tokens is None else max(0, self.tokens - prompt_tokens)

@@ -68,8 +68,8 @@ class Remaining(msgspec.Struct, frozen=True, kw_only=True):
 class Hold(Protocol):
     """A reservation in every scope of a request, as an async context manager.
 
-    Leaving the block settles what was last reported; `settle` inside it makes that final. A hold that
-    reports nothing settles nothing and so releases all of it.
+    Leaving the block settles what was last reported. A hold that reports nothing settles nothing and so
+    releases all of it.
     """
 
     ceiling: Amounts

@@ -111,20 +111,24 @@ def thinking_on(off: dict[str, object]) -> dict[str, bool]:
     return {k: not v for k, v in kwargs.items() if isinstance(v, bool)} if isinstance(kwargs, dict) else {}
 
 
-def check_media(fields: ChatFields, allowed_hosts: Collection[str]) -> None:
+def check_media(fields: ChatFields, allowed_hosts: Collection[str]) -> int:
     """Refuse media that a backend would fetch from somewhere the operator did not allow.
 
+    Returns: how many parts are not text.
     Raises: InvalidRequest naming the part.
     """
+    media_parts = 0
     for i, message in enumerate(fields.messages):
         if message.content is None or isinstance(message.content, str):
             continue
         for j, part in enumerate(message.content):
+            media_parts += part.type != "text"
             for name in ("image_url", "audio_url", "video_url"):
                 media: MediaUrl | str | None = getattr(part, name)
                 if media is not None:
                     url = media if isinstance(media, str) else media.url
                     _check_url(url, f"messages[{i}].content[{j}].{name}", allowed_hosts)
+    return media_parts
 
 
 def _check_url(url: str, param: str, allowed_hosts: Collection[str]) -> None:

@@ -136,10 +136,16 @@ class Model:
             model_max=thinking.max_tokens,
             key_max=key_max,
             total_max=total_max,
+            window=self.window(),
             answer_floor=thinking.answer_floor_tokens if answer_floor is None else answer_floor,
             default=thinking.default_tokens,
             effort_tokens=self.config.effort_tokens,  # type: ignore[arg-type]  # a Literal is a str
         )
+
+    def window(self) -> int | None:
+        """The smallest context window of the backends that are up; None if none of them says."""
+        up = [slot.capabilities.max_model_len for slot in self.slots if slot.capabilities is not None]
+        return min((length for length in up if length is not None), default=None)
 
     def choose(self, without: Collection[Slot] = ()) -> Slot:
         """The slot for the next call. Raises: Overloaded when none is usable."""

@@ -82,7 +82,7 @@ def prepare(
 
     Raises: InvalidRequest, ModelNotFound, PermissionDenied.
     """
-    ask, raw = _ask(body, surface, models, config)
+    ask, raw, media_parts = _ask(body, surface, models, config)
     model = find_model(ask.model, models, key)
     check_choices(ask.n, ask.prompts, model.config.max_n)
     if ask.answer_floor is not None:
@@ -117,19 +117,21 @@ def prepare(
         wants_token_ids=ask.wants_token_ids,
         trace_headers=trace,
     )
-    ceiling = _ceiling(ask, body, model, cap_tokens if is_thinking else 0, max_tokens)
+    # A body's bytes bound the tokens of its text.
+    prompt_bound = TEMPLATE_MARGIN_TOKENS + len(body) + MEDIA_PART_TOKENS * media_parts
+    ceiling = _ceiling(ask, prompt_bound, model, cap_tokens if is_thinking else 0, max_tokens)
     return Prepared(ask, model, decision, call, report, ceiling, stops, keep_stop)
 
 
-def _ask(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> tuple[Ask, RawFields]:
+def _ask(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> tuple[Ask, RawFields, int]:
     if surface == "chat":
         chat, raw = parse_chat(body)
         name, suffix = split_suffix(chat.model, models)
-        check_media(chat, config.server.media_hosts)
-        return resolve_chat(chat, name, suffix), raw
+        media_parts = check_media(chat, config.server.media_hosts)
+        return resolve_chat(chat, name, suffix), raw, media_parts
     text, raw = parse_completion(body)
     name, suffix = split_suffix(text.model, models)
-    return resolve_completion(text, name, suffix), raw
+    return resolve_completion(text, name, suffix), raw, 0
 
 
 def find_model(name: str, models: Mapping[str, Model], key: Key) -> Model:
@@ -226,8 +228,8 @@ def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model) -> int:
     if ask.total_max is None:
         thought = 0 if cap is None or mode == "instant" else cap.tokens + MARKER_ALLOWANCE_TOKENS
         wanted = thought + max(answer.default_tokens, ask.answer_floor or 0)
-        lengths = [s.capabilities.max_model_len for s in model.slots if s.capabilities is not None]
-        return min([wanted, most, *(length - 1 for length in lengths if length)])
+        window = model.window()
+        return min(wanted, most) if window is None else min(wanted, most, window - 1)
     if ask.total_max > most:
         raise InvalidRequest(
             f"`{ask.total_field}` is {ask.total_max}, but this model gives at most {most} tokens in {mode} mode.",
@@ -247,11 +249,8 @@ def _own_stops(raw: RawFields) -> tuple[tuple[str, ...], bool, RawFields]:
     return ((stop,) if isinstance(stop, str) else tuple(stop)), keep, rest
 
 
-def _ceiling(ask: Ask, body: bytes, model: Model, cap: int | None, max_tokens: int) -> Amounts:
-    """The hold: prompt bound + output limit times choices; a body's bytes bound its prompt's tokens."""
-    prompt = TEMPLATE_MARGIN_TOKENS + len(body)
-    if b'_url"' in body:
-        prompt += MEDIA_PART_TOKENS * body.count(b'_url"')
+def _ceiling(ask: Ask, prompt: int, model: Model, cap: int | None, max_tokens: int) -> Amounts:
+    """The hold: prompt bound + output limit times choices."""
     choices = ask.n * ask.prompts
     thinking = max_tokens if cap is None else min(cap, max_tokens)
     return Amounts(

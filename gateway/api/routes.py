@@ -156,12 +156,10 @@ def _add_models(gateway: Gateway) -> None:
 
 
 def _entry(gateway: Gateway, model: Model) -> dict[str, object]:
-    lengths = [s.capabilities.max_model_len for s in model.slots if s.capabilities is not None]
-    known = [length for length in lengths if length]
     return {
         "id": model.name,
         "object": "model",
         "created": gateway.started_s,
         "owned_by": "thinkgate",
-        "max_model_len": min(known) if known else None,
+        "max_model_len": model.window(),
     }

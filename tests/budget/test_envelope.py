@@ -45,9 +45,3 @@ def test_a_bound_of_zero_is_a_bound() -> None:
     """Zero is spent at once, and not taken for no bound."""
     with pytest.raises(EnvelopeSpent):
         Envelope(tokens=0).check(tokens=0, nano_usd=0, now_s=0.0)
-
-
-def test_room_for_output_is_what_the_prompt_leaves() -> None:
-    """Output room is the tokens after the prompt, nothing when the prompt fills them, None without a bound."""
-    assert [Envelope(tokens=100).output_room(prompt) for prompt in (30, 100, 130)] == [70, 0, 0]
-    assert Envelope(nano_usd=5).output_room(5) is None

@@ -68,7 +68,7 @@ async def until_refused(port: int) -> None:
 
 @pytest.mark.timeout(60)
 async def test_running_stream_survives_a_reload_and_the_end(scripted: ScriptedBackend, tmp_path: Path) -> None:
-    """SIGHUP puts a changed file in force, SIGTERM refuses what is new and ends with status 0: neither drops a stream."""
+    """SIGHUP puts a changed file in force, SIGTERM refuses what is new and ends with 0: neither drops a stream."""
     tree = quiet(tree_of(scripted))
     async with process(tree, tmp_path) as (child, port), Client(port) as client:
         scripted.forget()

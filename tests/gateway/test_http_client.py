@@ -224,7 +224,7 @@ async def test_message_that_never_ends_is_closed(
     gateway: Live, scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend that does not end its message after [DONE] loses the connection when the sweep comes."""
-    monkeypatch.setattr(http, "ENDING_S", 0)
+    monkeypatch.setattr(http, "ENDING_S", -1)
     scripted.queue(Script(gates={END: Gate()}))
     assert (await ask(gateway, STREAM)).payloads()[-1] == "[DONE]"
     gateway.pool().sweep()

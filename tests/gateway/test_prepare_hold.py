@@ -36,7 +36,7 @@ def test_pictures_lengthen_the_prompts_bound() -> None:
     part = {"type": "image_url", "image_url": {"url": "http://img.example/a.png"}}
     body = {"messages": [{"role": "user", "content": [part, part]}], "max_tokens": 300}
     config = config_of(server={"media_hosts": ["img.example"]})
-    assert hold_of(body, config=config)[0] == 300 + 2 * 2 * MEDIA_PART_TOKENS
+    assert hold_of(body, config=config)[0] == 300 + 2 * MEDIA_PART_TOKENS
 
 
 def test_the_hold_in_money_is_at_the_models_prices() -> None:
