@@ -52,7 +52,7 @@ unit: $(VENV)/.dev ## tests without a server or weights: under a minute
 
 e2e: $(VENV)/.dev weights venv-vllm ## tests against real servers and real weights
 	$(call say,"end-to-end tests")
-	$(PY) -m pytest -m 'e2e' tests/e2e $(PYTEST_ARGS)
+	$(PY) -m pytest -m 'e2e' $(PYTEST_ARGS)
 
 check: lint types imports docs ## format, lint, types, imports, spelling, docs build
 

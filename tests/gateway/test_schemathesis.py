@@ -20,6 +20,7 @@ from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Script, json_reply
 from tests.scripted_stream import Say, tokens
 
+pytestmark = pytest.mark.e2e  # seconds, not milliseconds: a fuzzer over every route
 KNOWN = "qwen3"
 CHECKS = {
     # Rules between fields (a budget and its opposite, more choices than the model allows, what is reserved) are
