@@ -143,15 +143,40 @@ class ThinkingMeter:
         cap: most thinking tokens, or None.
         is_open: the prompt already opened the thinking.
         slack: tokens after the opening marker in the prompt, which a native cap counts as thinking.
+        has_closed: the prompt already closed a chain.
+
+    Attributes:
+        has_closed: a closing marker was seen: from then on the ids say for certain what is answer.
     """
 
-    __slots__ = ("_slack", "answer", "cap", "capped", "end_id", "injected", "is_open", "start_id", "thinking")
+    __slots__ = (
+        "_slack",
+        "answer",
+        "cap",
+        "capped",
+        "end_id",
+        "has_closed",
+        "injected",
+        "is_open",
+        "start_id",
+        "thinking",
+    )
 
-    def __init__(self, start_id: int, end_id: int, *, cap: int | None, is_open: bool = False, slack: int = 0) -> None:
+    def __init__(
+        self,
+        start_id: int,
+        end_id: int,
+        *,
+        cap: int | None,
+        is_open: bool = False,
+        slack: int = 0,
+        has_closed: bool = False,
+    ) -> None:
         self.start_id = start_id
         self.end_id = end_id
         self.cap = cap
         self.is_open = is_open
+        self.has_closed = has_closed
         self.thinking = self.answer = self.injected = 0
         self.capped = False
         self._slack = slack
@@ -173,6 +198,7 @@ class ThinkingMeter:
             if self.is_open:
                 if token_id == self.end_id:
                     self.is_open = False
+                    self.has_closed = True
                     split.injected += 1
                     split.closed = True
                     reached = self.thinking + split.thinking + self._slack
@@ -183,6 +209,7 @@ class ThinkingMeter:
                 self.is_open = True
                 split.injected += 1
             elif token_id == self.end_id:
+                self.has_closed = True
                 split.injected += 1
             else:
                 split.answer += 1
@@ -190,6 +217,12 @@ class ThinkingMeter:
         self.answer += split.answer
         self.injected += split.injected
         return split
+
+    def believe(self, split: Split) -> None:
+        """Take the answer tokens of `split` for thinking after all: the backend says so, and no marker denies it."""
+        self.thinking += split.answer
+        self.answer -= split.answer
+        split.thinking, split.answer = split.thinking + split.answer, 0
 
     def overrun(self) -> int:
         """Thinking tokens beyond the cap."""

@@ -15,6 +15,7 @@ from typing import Self
 
 from budget.errors import HoldRefused, Refusal
 from budget.ledger import Amounts, Limit, Remaining, Unit, Window
+from budget.price import NANO_PER_USD
 
 _FIXED_S: dict[Window, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _RATE_WINDOWS = {"second", "minute"}
@@ -207,8 +208,8 @@ class MemoryLedger:
         per = f" per {limit.window}" if limit.window not in {None, "total"} else ""
         remedy = " Ask for fewer tokens." if need > limit.amount else ""
         return HoldRefused(
-            f"{limit.scope} has {max(0, account.free())} of {limit.amount} {_unit_name(limit.unit)}{per} left, "
-            f"and this request needs {need}.{remedy}",
+            f"{limit.scope} has {_shown(account.free(), limit.unit)} of {_shown(limit.amount, limit.unit)} "
+            f"{limit.unit}{per} left, and this request needs {_shown(need, limit.unit)}.{remedy}",
             scope=limit.scope,
             unit=limit.unit,
             kind=kind,
@@ -220,8 +221,10 @@ def _tightness(account: _Account) -> float:
     return account.free() / account.limit.amount
 
 
-def _unit_name(unit: Unit) -> str:
-    return "nano-USD" if unit == "usd" else unit
+def _shown(amount: int, unit: Unit) -> str:
+    """An amount as a person reads it: dollars, not nano-USD; nothing is below 0."""
+    amount = max(0, amount)
+    return f"{amount / NANO_PER_USD:.9f}".rstrip("0").rstrip(".") if unit == "usd" else str(amount)
 
 
 def window_end(window: Window | None, now: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -216,14 +217,14 @@ async def _close_when_idle(slot: Slot) -> None:
 
 
 def duration(seconds: float) -> bytes:
-    """As OpenAI writes it: `12ms`, `6m0s`, `1h0m0s`; `never` for a window without an end."""
+    """As OpenAI writes it: `12ms`, `6m0s`, `1h0m0s`, never too early; `never` for a window without an end."""
     if seconds < 1:
-        return b"%dms" % (seconds * 1000)
-    if seconds < 60:
-        return b"%ds" % seconds
+        return b"%dms" % math.ceil(seconds * 1000)
+    if seconds <= 59:
+        return b"%ds" % math.ceil(seconds)
     if seconds == float("inf"):
         return b"never"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(math.ceil(seconds), 60)
     if minutes < 60:
         return b"%dm%ds" % (minutes, rest)
     return b"%dh%dm%ds" % (minutes // 60, minutes % 60, rest)

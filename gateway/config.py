@@ -350,6 +350,11 @@ class Config(Section):
             problems.append("server.workers: above 1 needs a shared store; the memory store belongs to one process")
         if self.server.workers > 1 and embedded:
             problems.append(f"server.workers: above 1 would load the embedded engine of {embedded[0]} several times")
+        metrics = self.server.metrics
+        if metrics.port is not None and metrics.port == self.server.port != 0:
+            problems.append(
+                f"server.metrics.port: {metrics.port} is server.port too: give it another, or null for none"
+            )
         if not self.keys and self.server.host not in LOOPBACK_HOSTS:
             problems.append(
                 f"server.host: {self.server.host!r} would answer anyone, since no `keys` are configured: "

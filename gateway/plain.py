@@ -67,10 +67,12 @@ class PlainAnswer:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise UpstreamError("The backend answered with something that is no completion.") from exc
         self._markers = markers
+        self._size = len(body)
         self._has_stray_thinking = False
 
     def count(self, tally: Tally) -> None:
         """Add what the answer used."""
+        tally.saw_bytes(self._size)
         if self._typed.usage is not None:
             tally.usage = read_usage(self._typed.usage)
         for choice in self._typed.choices:

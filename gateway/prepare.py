@@ -128,6 +128,8 @@ def _ask(body: bytes, surface: Surface, models: Mapping[str, Model], config: Con
         chat, raw = parse_chat(body)
         name, suffix = split_suffix(chat.model, models)
         media_parts = check_media(chat, config.server.media_hosts)
+        if media_parts:  # what was checked is what is sent, also where a key stands twice
+            raw["messages"] = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(raw["messages"])))
         return resolve_chat(chat, name, suffix), raw, media_parts
     text, raw = parse_completion(body)
     name, suffix = split_suffix(text.model, models)

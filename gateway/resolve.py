@@ -18,6 +18,26 @@ from gateway.request import ChatFields, Common, CompletionFields, Extension
 UNCAPPED = -1
 SUFFIXES = ("instant", "reasoning", "auto", "agentic", "search")
 PRIORITY = {"priority": -1, "flex": 1}
+# Arguments of the templating itself, not of a template.
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {
+        "chat_template",
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "padding",
+        "truncation",
+        "max_length",
+    }
+)
 NOT_BUILT = {
     "agentic": "agentic mode is not built yet: use instant or reasoning",
     "search": "search is not built yet: use reasoning, or n for several answers",
@@ -282,6 +302,13 @@ def _hear_qwen(said: _Said, fields: ChatFields) -> None:
     if fields.thinking_budget is not None:
         said.cap("thinking_budget", fields.thinking_budget)
     kwargs = fields.chat_template_kwargs or {}
+    for name in sorted(RESERVED_TEMPLATE_KWARGS.intersection(kwargs)):
+        field = f"chat_template_kwargs.{name}"
+        raise InvalidRequest(
+            f"`{field}` is set by the gateway or its backend and cannot be taken from a client: leave it out.",
+            param=field,
+            code="unknown_parameter",
+        )
     for name in ("enable_thinking", "thinking"):
         value = kwargs.get(name)
         if value is None:

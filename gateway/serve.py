@@ -92,10 +92,15 @@ class Answer:
         self._record = record
         ask = prepared.ask
         bounds = ask.envelope
+        most_output = prepared.call.max_tokens * prepared.choices
         self._run = Run(
             model=prepared.model,
             call=prepared.call,
-            tally=Tally(prepared.model.prices),
+            tally=Tally(
+                prepared.model.prices,
+                most_prompt=prepared.ceiling.tokens - most_output,
+                most_output=most_output,
+            ),
             hold=hold,
             envelope=Envelope()
             if bounds is None

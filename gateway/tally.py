@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from gateway.backends.port import Delta, Usage
 
 
+UNBOUNDED = 2**63
+
+
 class Tally:
     """Counts of one request.
+
+    Args:
+        prices: of its model.
+        most_prompt: bound of its prompt, and
+        most_output: output tokens it was allowed: a backend that claims more, without having sent it, is not believed.
 
     Attributes:
         most_thinking: thinking tokens of the choice that thought most.
@@ -26,6 +34,8 @@ class Tally:
     """
 
     __slots__ = (
+        "_most_output",
+        "_most_prompt",
         "_prices",
         "answer",
         "capped",
@@ -40,8 +50,10 @@ class Tally:
         "wasted",
     )
 
-    def __init__(self, prices: PriceTable) -> None:
+    def __init__(self, prices: PriceTable, *, most_prompt: int = UNBOUNDED, most_output: int = UNBOUNDED) -> None:
         self._prices = prices
+        self._most_prompt = most_prompt
+        self._most_output = most_output
         self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = 0
         self.thinking_by_choice: dict[int, int] = {}
         self.capped = self.has_ids = self.is_estimated = False
@@ -66,10 +78,17 @@ class Tally:
             self.usage = delta.usage
 
     def waste(self, delta: Delta) -> None:
-        """Move the thinking of a counted delta to `wasted`: it reaches no client."""
-        self.thinking -= delta.thinking
-        self.thinking_by_choice[delta.index] -= delta.thinking
-        self.wasted += delta.thinking
+        """Move a counted delta's tokens to `wasted`: it reaches no client."""
+        if delta.thinking:
+            self.thinking -= delta.thinking
+            self.thinking_by_choice[delta.index] -= delta.thinking
+        self.answer -= delta.answer
+        self.injected -= delta.injected
+        self.wasted += delta.thinking + delta.answer + delta.injected
+
+    def saw_bytes(self, size: int) -> None:
+        """An answer of `size` bytes came in one piece: so many tokens, at most, may be in it."""
+        self._most_output = max(self._most_output, size)
 
     def output(self) -> int:
         """Output tokens received so far."""
@@ -87,14 +106,18 @@ class Tally:
                 injected=self.injected,
                 wasted=self.wasted,
             )
-        cached = min(usage.cached_tokens or 0, usage.prompt_tokens)
-        thinking, injected = self._thinking(usage)
+        # What was received is the truth; a backend's word fills in what cannot be counted here.
+        prompt = max(self.prompt, min(usage.prompt_tokens, self._most_prompt))
+        cached = min(usage.cached_tokens or 0, prompt)
+        received = self.output()
+        completion = received if self.has_ids else min(usage.completion_tokens, max(received, self._most_output))
+        thinking, injected = self._thinking(usage, completion)
         return TokenCounts(
-            prompt=usage.prompt_tokens - cached,
+            prompt=prompt - cached,
             cached=cached,
             thinking=thinking,
             injected=injected,
-            answer=max(0, usage.completion_tokens - thinking - injected - self.wasted),
+            answer=max(0, completion - thinking - injected - self.wasted),
             wasted=self.wasted,
         )
 
@@ -104,9 +127,9 @@ class Tally:
             tokens=counts.total(), thinking_tokens=counts.thinking, nano_usd=self._prices.cost_nano_usd(counts)
         )
 
-    def _thinking(self, usage: Usage) -> tuple[int, int]:
+    def _thinking(self, usage: Usage, completion: int) -> tuple[int, int]:
         """Thinking and injected tokens: by ids, else as reported, else in proportion to the events seen."""
-        total = max(0, usage.completion_tokens - self.wasted)
+        total = max(0, completion - self.wasted)
         if self.has_ids:
             return min(self.thinking, total), min(self.injected, max(0, total - self.thinking))
         if usage.reasoning_tokens is not None and (usage.reasoning_tokens or not self.thinking):

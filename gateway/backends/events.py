@@ -6,7 +6,7 @@ token ids out of an event without decoding the rest of it. O(bytes).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +15,7 @@ from gateway.errors import UpstreamError
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 DONE = b"[DONE]"
+FINISH_REASONS = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
 _TOKEN_IDS = b',"token_ids":['
 _PROMPT_IDS = b',"prompt_token_ids":['
 _TAIL_BYTES = 160
@@ -82,23 +83,26 @@ class ChoiceBody(Struct):
     stop_reason: Any = None
 
 
+TokenCount = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class PromptDetails(Struct):
     """`usage.prompt_tokens_details`."""
 
-    cached_tokens: int | None = None
+    cached_tokens: TokenCount | None = None
 
 
 class CompletionDetails(Struct):
     """`usage.completion_tokens_details`."""
 
-    reasoning_tokens: int | None = None
+    reasoning_tokens: TokenCount | None = None
 
 
 class UsageBody(Struct):
     """`usage`."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
+    prompt_tokens: TokenCount = 0
+    completion_tokens: TokenCount | None = 0
     prompt_tokens_details: PromptDetails | None = None
     completion_tokens_details: CompletionDetails | None = None
 
@@ -126,6 +130,30 @@ def decode_chunk(event: bytes) -> ChunkBody:
         message = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error
         raise UpstreamError(f"The backend failed: {message or 'no reason given'}")
     return chunk
+
+
+def compact(event: bytes) -> bytes:
+    """The event without white space between its tokens, which cutting relies on; vLLM's have none.
+
+    Raises: UpstreamError when it is no JSON.
+    """
+    if b'": ' not in event[:64]:
+        return event
+    try:
+        return msgspec.json.encode(msgspec.json.decode(event))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
+
+
+def with_legal_finish(event: bytes) -> bytes:
+    """The event with `finish_reason` stop in place of one that OpenAI does not know, kept as `stop_reason`."""
+    if not event:
+        return event
+    chunk = msgspec.json.decode(event)
+    for choice in chunk["choices"]:
+        if choice.get("finish_reason") not in FINISH_REASONS:
+            choice["stop_reason"], choice["finish_reason"] = choice["finish_reason"], "stop"
+    return msgspec.json.encode(chunk)
 
 
 def cut_token_ids(event: bytes) -> bytes:

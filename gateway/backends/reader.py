@@ -15,14 +15,17 @@ import msgspec
 from budget.cap import Split, ThinkingMeter
 from gateway.backends.events import (
     DONE,
+    FINISH_REASONS,
     ChoiceBody,
     ChunkBody,
     DeltaBody,
     UsageBody,
+    compact,
     cut_prompt_ids,
     cut_token_ids,
     decode_chunk,
     prompt_ids,
+    with_legal_finish,
 )
 from gateway.backends.markers import MarkerSplitter, Piece
 from gateway.backends.port import Call, Delta, Kind, Usage
@@ -88,6 +91,7 @@ class StreamReader:
             self._decode(event, out)
 
     def _decode(self, event: bytes, out: list[Delta]) -> None:
+        event = compact(event)
         full_event = event
         if b'"prompt_token_ids":[' in event:
             event, prompt_tokens, tail = cut_prompt_ids(event)
@@ -139,6 +143,9 @@ class StreamReader:
         was_open = state.meter is not None and state.meter.is_open
         capped_before = state.meter is not None and state.meter.capped
         split = self._count(state, choice, thinking_text, answer_text)
+        meter = state.meter
+        if thinking_text and not answer_text and meter is not None and not meter.is_open and not meter.has_closed:
+            meter.believe(split)  # no marker was ever seen: then the field it came in says what it is
         if choice.token_ids and not self._call.wants_token_ids:
             wire = cut_token_ids(wire)
         delta = Delta(
@@ -156,6 +163,9 @@ class StreamReader:
             capped=state.meter is not None and state.meter.capped and not capped_before,
             wire=wire,
         )
+        if choice.finish_reason is not None and choice.finish_reason not in FINISH_REASONS:
+            delta.finish_reason, delta.stop_reason = "stop", choice.finish_reason
+            delta.wire = with_legal_finish(wire)
         if state.splitter is not None and choice.delta is not None:
             self._split_inline(chunk, state, state.splitter, delta, body.role, out)
         elif thinking_text and (answer_text or body.tool_calls is not None):
@@ -266,8 +276,10 @@ class StreamReader:
         thinking, markers = self._call.thinking, self._markers
         meter = None
         if markers is not None:
-            is_open, slack = self._tail_state(markers)
-            meter = ThinkingMeter(markers.start, markers.end, cap=thinking.cap, is_open=is_open, slack=slack)
+            is_open, slack, has_closed = self._tail_state(markers)
+            meter = ThinkingMeter(
+                markers.start, markers.end, cap=thinking.cap, is_open=is_open, slack=slack, has_closed=has_closed
+            )
         splitter = None
         if self._inline:
             splitter = MarkerSplitter(
@@ -276,14 +288,14 @@ class StreamReader:
         choice = self._choices[index] = _Choice(meter, splitter)
         return choice
 
-    def _tail_state(self, markers: MarkerIds) -> tuple[bool, int]:
-        """Whether the prompt's end left the thinking open, and how many tokens follow its marker."""
+    def _tail_state(self, markers: MarkerIds) -> tuple[bool, int, bool]:
+        """Whether the prompt's end left the thinking open, how many tokens follow its marker, or that it is closed."""
         for back, token_id in enumerate(reversed(self._prompt_tail)):
             if token_id == markers.end:
-                return False, 0
+                return False, 0, True
             if token_id == markers.start:
-                return True, back
-        return False, 0
+                return True, back, False
+        return False, 0, False
 
     def _rebuild(self, chunk: ChunkBody, delta: Delta, fields: dict[str, Any]) -> bytes:
         return build_chunk(chunk.id, chunk.created, self._call.model, delta, fields, ids=self._call.wants_token_ids)

@@ -74,19 +74,19 @@ class Run:
     def take(self, deltas: list[Delta]) -> list[Delta]:
         """Count what arrived; what of it may be delivered, and every finish once a bound is met.
 
-        Raises: DeadlinePassed when the envelope's seconds end before anything arrived.
+        Raises: DeadlinePassed when the envelope's seconds end before anything arrived; UpstreamError for a
+            choice that was not asked for.
         """
         tally, cap = self.tally, self.call.thinking.cap
-        for delta in deltas:
-            tally.add(delta)
-            if delta.finish_reason is not None:
-                self.finished.add(delta.index)
+        deltas = self._count(deltas)
         if cap is not None and tally.most_thinking > cap:
             tally.capped = True
             return [*self._within(deltas, cap), *self.end("cap")]
         now_s = self.clock()
         spent = self._spent(now_s)
-        if spent is not None and len(self.finished) < self.choices:
+        if spent == "hold" and len(self.finished) == self.choices:
+            self.ended_by = spent  # it goes on after its end: nobody listens any more
+        elif spent is not None and len(self.finished) < self.choices:
             if spent == "envelope.seconds" and not tally.output():
                 raise DeadlinePassed("The envelope's seconds passed before the first token.")
             return [*deltas, *self.end(spent)]
@@ -94,6 +94,23 @@ class Run:
             self.reported_at_s = now_s
             self.hold.report(tally.amounts(tally.counts()))
         return deltas
+
+    def _count(self, deltas: list[Delta]) -> list[Delta]:
+        """Count what arrived; what comes for a choice after its finish is wasted and dropped."""
+        tally, finished, kept = self.tally, self.finished, []
+        for delta in deltas:
+            tally.add(delta)
+            if delta.usage is None:
+                index = delta.index
+                if index in finished:
+                    tally.waste(delta)
+                    continue
+                if not 0 <= index < self.choices:
+                    raise UpstreamError("The backend sent a choice that was not asked for.")
+                if delta.finish_reason is not None:
+                    finished.add(index)
+            kept.append(delta)
+        return kept
 
     def _spent(self, now_s: float) -> str | None:
         """The bound that is met, or None."""

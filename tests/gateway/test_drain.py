@@ -19,9 +19,9 @@ from tests.gateway.live import INSTANT, STREAM, Client, Json, Live, ask, key_hea
 from tests.gateway.test_edge import key_of
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Gate, Script
+from tests.scripted_stream import Say, Token
 
 pytestmark = pytest.mark.e2e  # every test starts a gateway process of its own
-from tests.scripted_stream import Say, Token
 
 START_S, END_S = 40, 15
 
