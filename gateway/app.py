@@ -26,7 +26,7 @@ from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found
 from gateway.auth import Keyring
 from gateway.backends.http_backend import HttpBackend
 from gateway.config_load import secret_sha256s
-from gateway.edge import ClientGone, Exchange, Receive, Scope, Send
+from gateway.edge import ClientGone, Exchange, Message, Receive, Scope, Send
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.log import LineWriter
 from gateway.metrics import Metrics
@@ -103,6 +103,7 @@ class Gateway(FastAPI):
             if route is not None:
                 await self._hot(route, scope, receive, send)
                 return
+            send = with_request_id(Exchange(scope, receive, send).request_id, send)
         await super().__call__(scope, receive, send)
 
     async def _hot(self, route: Handler, scope: Scope, receive: Receive, send: Send) -> None:
@@ -214,6 +215,17 @@ class Gateway(FastAPI):
 async def _close_when_idle(slot: Slot) -> None:
     await slot.drained()
     await slot.backend.close()
+
+
+def with_request_id(request_id: str, send: Send) -> Send:
+    """`send` that adds `x-request-id` to the response."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+        await send(message)
+
+    return send_with_id
 
 
 def duration(seconds: float) -> bytes:

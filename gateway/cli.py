@@ -22,6 +22,7 @@ from gateway import __version__
 from gateway.app import Gateway
 from gateway.check import check
 from gateway.config_load import ConfigError, load_config
+from gateway.http_server import GuardedProtocol, sweep_heads
 from gateway.log import configure
 from gateway.reload import Reloader
 
@@ -79,7 +80,11 @@ class Server(uvicorn.Server):
     async def companions(self) -> AsyncIterator[None]:
         """The tasks that live beside the server: reloading, and the ready line."""
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self._announce())]
+            patience_s = self._gateway.serving.config.server.timeouts.body_s
+            running = [
+                tasks.create_task(self._announce()),
+                tasks.create_task(sweep_heads(self.server_state.connections, patience_s)),
+            ]
             if self._reloader is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reloader.ask)
                 running.append(tasks.create_task(self._reloader.run()))
@@ -189,7 +194,7 @@ async def _run(config: Config, gateway: Gateway, path: Path | None, overrides: M
             gateway,
             host=config.server.host,
             port=config.server.port,
-            http="httptools",
+            http=GuardedProtocol,
             loop="none",
             lifespan="on",
             access_log=False,

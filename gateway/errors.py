@@ -6,6 +6,7 @@ Source of the table: docs/api.md, "Errors".
     GatewayError
     ├── InvalidRequest            400  malformed, wrong type, contradiction, not honourable here
     │   ├── RequestTooLarge       413
+    │   ├── HeadTooLarge          431
     │   └── ModelNotFound         404
     ├── RouteNotFound             404
     ├── MethodNotAllowed          405
@@ -95,6 +96,13 @@ class RequestTooLarge(InvalidRequest):
 
     status = 413
     default_code = "request_too_large"
+
+
+class HeadTooLarge(InvalidRequest):
+    """The request's headers are too large."""
+
+    status = 431
+    default_code = "headers_too_large"
 
 
 class ModelNotFound(InvalidRequest):

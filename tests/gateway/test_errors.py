@@ -16,6 +16,7 @@ from gateway.backends.http import UpstreamUnreachable
 from gateway.errors import (
     DeadlinePassed,
     GatewayError,
+    HeadTooLarge,
     InvalidRequest,
     LimitExceeded,
     MethodNotAllowed,
@@ -39,6 +40,7 @@ TABLE: list[tuple[GatewayError, int, str, str | None, dict[str, str]]] = [
     (GatewayError("x"), 500, "server_error", None, NO_RETRY),
     (InvalidRequest("x"), 400, "invalid_request_error", "invalid_value", {}),
     (InvalidRequest("x", code="invalid_type"), 400, "invalid_request_error", "invalid_type", {}),
+    (HeadTooLarge("x"), 431, "invalid_request_error", "headers_too_large", {}),
     (RequestTooLarge("x"), 413, "invalid_request_error", "request_too_large", {}),
     (ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", {}),
     (RouteNotFound("x"), 404, "invalid_request_error", "unknown_url", {}),
