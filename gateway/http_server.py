@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway.coalesce import CoalescedTransport
 from gateway.errors import GatewayError, HeadTooLarge, InvalidRequest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """The first head is awaited from now on."""
-        super().connection_made(transport)
+        super().connection_made(CoalescedTransport(transport, self.loop))  # type: ignore[arg-type]  # it has all of it
         self.head_since_s = self.loop.time()
 
     def data_received(self, data: bytes) -> None:

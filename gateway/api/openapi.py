@@ -44,6 +44,7 @@ ERRORS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "403": ("Forbidden", "The key may not use this model or mode.", ()),
     "404": ("NotFound", "No model of that name.", ()),
     "413": ("TooLarge", "The body is larger than `server.max_body_bytes`.", ()),
+    "431": ("HeadTooLarge", "The request's headers are larger than 64 KiB.", ()),
     "429": ("LimitExceeded", "A rate, a budget that is spent, or one that others hold.", (*RETRY, *LIMITS)),
     "4XX": ("BackendRefused", "The backend's own refusal of the request, with its status and error.", ()),
     "500": ("Failed", "A bug of ours; the log has the request id.", ("x-should-retry",)),

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from gateway.coalesce import CoalescedTransport
 from gateway.errors import DeadlinePassed, UpstreamError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Connection(asyncio.Protocol):
     # -- what asyncio calls
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember the transport."""
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # TCP gives a Transport
+        self._transport = CoalescedTransport(transport, self._loop)  # type: ignore[arg-type]  # TCP gives a Transport
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrived and wake the reader."""
