@@ -50,6 +50,7 @@ class ChunkEncoder:
         "_held",
         "_id",
         "_ids",
+        "_is_transparent",
         "_model",
         "_new_name",
         "_old_name",
@@ -83,11 +84,15 @@ class ChunkEncoder:
         self._held = b""
         self._seen: set[int] = set()
         self._wire_seen = False
+        self._is_transparent = same and not exclude_thinking and not both_fields
 
     def encode(self, deltas: Sequence[Delta]) -> bytes:
         """The events of one batch; empty when nothing of it may go out yet."""
         out = []
         for delta in deltas:
+            if self._is_transparent and delta.wire and delta.finish_reason is None and self._wire_seen:
+                out.append(b"data: %b\n\n" % delta.wire)
+                continue
             if delta.usage is not None:
                 continue
             chunk = self._chunk(delta)
@@ -98,7 +103,7 @@ class ChunkEncoder:
                 if not chunk:
                     continue
             out.append(b"data: %b\n\n" % chunk)
-        return b"".join(out)
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def finish(self, extension: bytes, usage: bytes | None) -> bytes:
         """The held chunk with the `thinkgate` object, the usage chunk if asked for, and the end."""

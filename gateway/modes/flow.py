@@ -44,6 +44,8 @@ class Run:
         overrun: thinking tokens a backend sent beyond the cap.
         finished: choices that have a finish_reason.
         reported_at_s: when the hold was last told.
+        most_output: output tokens of all choices together that were asked for.
+        is_bounded: the envelope bounds anything.
         counts: tokens by kind, once the books are closed.
         settled: the same in the ledger's units.
     """
@@ -60,8 +62,15 @@ class Run:
     overrun: int = 0
     finished: set[int] = field(default_factory=set)
     reported_at_s: float = 0.0
+    most_output: int = field(init=False)
+    is_bounded: bool = field(init=False)
     counts: TokenCounts | None = None
     settled: Amounts | None = None
+
+    def __post_init__(self) -> None:
+        """What stays the same for every token."""
+        self.most_output = self.call.max_tokens * self.choices
+        self.is_bounded = self.envelope.is_bounded()
 
     def close_books(self) -> tuple[TokenCounts, Amounts]:
         """Final counts, reported to the hold; further calls return the same."""
@@ -83,7 +92,9 @@ class Run:
             tally.capped = True
             return [*self._within(deltas, cap), *self.end("cap")]
         now_s = self.clock()
-        spent = self._spent(now_s)
+        spent = None
+        if self.is_bounded or tally.output() > self.most_output:
+            spent = self._spent(now_s)
         if spent == "hold" and len(self.finished) == self.choices:
             self.ended_by = spent  # it goes on after its end: nobody listens any more
         elif spent is not None and len(self.finished) < self.choices:
@@ -114,10 +125,8 @@ class Run:
 
     def _spent(self, now_s: float) -> str | None:
         """The bound that is met, or None."""
-        if self.tally.output() > self.call.max_tokens * self.choices:
+        if self.tally.output() > self.most_output:
             return "hold"
-        if not self.envelope.is_bounded():
-            return None
         used = self.tally.amounts(self.tally.counts())
         try:
             self.envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=now_s)
