@@ -273,7 +273,9 @@ class LedgerMachine(RuleBasedStateMachine):
         """It names the tightest limit that is short, and when to try again."""
         tightness = [account.free() / account.limit.amount for account in short]
         tightest = [a for a, tight in zip(short, tightness, strict=True) if tight == min(tightness)]
-        account = next(a for a in tightest if (a.limit.scope, a.limit.unit) == (refused.scope, refused.unit))
+        named = [a for a in tightest if (a.limit.scope, a.limit.unit) == (refused.scope, refused.unit)]
+        assert named, "the refusal names a limit that is not among the tightest"
+        account = named[0]
         limit, need = account.limit, need_of(ceiling, account.limit.unit)
         if need > limit.amount:
             assert (refused.kind, refused.retry_after_s) == ("budget_spent", None)
