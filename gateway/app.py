@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -74,7 +74,7 @@ class Gateway(FastAPI):
     Raises: ConfigError when a secret or credential is missing.
     """
 
-    def __init__(self, config: Config, *, log_stream: object = sys.stdout) -> None:
+    def __init__(self, config: Config, *, log_stream: IO[str] = sys.stdout) -> None:
         super().__init__(
             title="thinkgate",
             version=__version__,
@@ -83,7 +83,7 @@ class Gateway(FastAPI):
             redoc_url=None,
             exception_handlers={404: not_found, 405: not_found},
         )
-        self.lines = LineWriter(log_stream)  # type: ignore[arg-type]  # anything with write and flush
+        self.lines = LineWriter(log_stream)
         self.serving = Serving(config, Keyring(config, secret_sha256s(config)), build_models(config))
         self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
         self.watch = Watch(config.server.timeouts)

@@ -93,7 +93,7 @@ def prepare(
     if decision.mode == "reasoning" and cap is not None and cap.tokens == 0:
         decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}")
     is_thinking = decision.mode == "reasoning"
-    cap_tokens = None if report.tokens is None else report.tokens
+    cap_tokens = report.tokens if is_thinking else 0
     max_tokens = _max_tokens(ask, decision.mode, cap, model)
     stops, keep_stop, raw = _own_stops(raw) if is_thinking else ((), False, raw)
     thinking = model.thinking
@@ -104,7 +104,7 @@ def prepare(
         fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode),
         thinking=Thinking(
             enabled=is_thinking,
-            cap=cap_tokens if is_thinking else 0,
+            cap=cap_tokens,
             start=thinking.start,
             end=thinking.end,
             wrap_up=thinking.wrap_up,
@@ -119,7 +119,7 @@ def prepare(
     )
     # A body's bytes bound the tokens of its text.
     prompt_bound = TEMPLATE_MARGIN_TOKENS + len(body) + MEDIA_PART_TOKENS * media_parts
-    ceiling = _ceiling(ask, prompt_bound, model, cap_tokens if is_thinking else 0, max_tokens)
+    ceiling = _ceiling(ask, prompt_bound, model, cap_tokens, max_tokens)
     return Prepared(ask, model, decision, call, report, ceiling, stops, keep_stop)
 
 
