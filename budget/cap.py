@@ -22,6 +22,7 @@ EFFORT_SHARE: Mapping[str, float] = {
     "max": 0.95,
 }
 EFFORT_FLOOR_TOKENS = 16
+COMMON_EFFORTS = ("low", "medium", "high")  # the words that every server with efforts knows
 MARKER_ALLOWANCE_TOKENS = 16
 Source = Literal["request", "effort", "default"]
 
@@ -49,6 +50,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         total_max: tokens of thinking and answer together that the request allows, or None.
         window: the model's context window, or None.
         answer_floor: tokens kept back for the answer.
+        forced: tokens kept back for ending the thinking by force: markers and wrap-up.
         default: cap when the request says nothing.
         effort_tokens: the model's own table, which overrides the shares.
     """
@@ -58,6 +60,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     total_max: int | None = None
     window: int | None = None
     answer_floor: int = 0
+    forced: int = 0
     default: int = 0
     effort_tokens: Mapping[str, int] = {}
 
@@ -66,12 +69,14 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         best, why = self.model_max, "the model's thinking.max_tokens"
         if self.key_max is not None and self.key_max < best:
             best, why = self.key_max, "this key's max_thinking_tokens"
-        if self.total_max is not None and self.total_max - self.answer_floor < best:
-            best = max(0, self.total_max - self.answer_floor)
-            why = f"the total limit {self.total_max} less {self.answer_floor} kept for the answer"
-        if self.window is not None and self.window - self.answer_floor < best:
-            best = max(0, self.window - self.answer_floor)
-            why = f"the context window {self.window} less {self.answer_floor} kept for the answer"
+        reserve = self.answer_floor + self.forced
+        kept = f"{self.answer_floor} kept for the answer"
+        if self.forced:
+            kept += f" and {self.forced} for ending the thinking"
+        if self.total_max is not None and self.total_max - reserve < best:
+            best, why = max(0, self.total_max - reserve), f"the total limit {self.total_max} less {kept}"
+        if self.window is not None and self.window - reserve < best:
+            best, why = max(0, self.window - reserve), f"the context window {self.window} less {kept}"
         return best, why
 
 
@@ -120,6 +125,12 @@ def effort_tokens(effort: str, bounds: Bounds) -> int:
         return own
     total = bounds.total_max if bounds.total_max is not None else bounds.model_max
     return max(EFFORT_FLOOR_TOKENS, int(total * EFFORT_SHARE[effort]))
+
+
+def effort_within(cap: int, bounds: Bounds) -> str:
+    """The highest effort word whose tokens are within `cap`; the lowest word if none is."""
+    words = [word for word in EFFORT_SHARE if effort_tokens(word, bounds) <= cap and word in COMMON_EFFORTS]
+    return max(words, key=lambda word: EFFORT_SHARE[word], default=COMMON_EFFORTS[0])
 
 
 @dataclass(slots=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from budget.chain import Purse
 from budget.errors import EnvelopeSpent
+from budget.price import FEMTO_PER_NANO, PriceTable
 
 
 @dataclass(slots=True)
@@ -39,3 +41,42 @@ class Envelope:
             raise EnvelopeSpent("usd")
         if self.deadline_s is not None and now_s >= self.deadline_s:
             raise EnvelopeSpent("seconds")
+
+
+def chain_bounds(
+    envelope: Envelope, prices: PriceTable, *, prompt: int, choices: int, total: int
+) -> tuple[int, Purse | None]:
+    """Each choice's equal share of an envelope, once the prompt is known to take `prompt` tokens.
+
+    Args:
+        envelope: of the whole request.
+        prices: of the model.
+        prompt: tokens, as many as the backend counts.
+        choices: how many share.
+        total: most output tokens per choice that were allowed anyway.
+
+    Returns: most output tokens per choice, and the money of one choice if that is bounded; either may leave nothing.
+    """
+    if envelope.tokens is not None:
+        total = min(total, (envelope.tokens - prompt) // choices)
+    if envelope.nano_usd is None:
+        return total, None
+    left = envelope.nano_usd * FEMTO_PER_NANO - prompt * max(prices.prompt, prices.cached)
+    return total, Purse(femto_usd=left // choices, thinking=prices.thinking, answer=prices.answer)
+
+
+def thinking_is_over(
+    *, now_s: float, deadline_s: float, first_token_s: float, sampling_s: float, sampled: int, answer_tokens: int
+) -> bool:
+    """Whether thinking must end now for an answer to be ready at the deadline, going by what was measured so far.
+
+    Args:
+        now_s: on the clock of `deadline_s`.
+        deadline_s: when the answer must be complete.
+        first_token_s: from the call to its first token: the second call will take as long, at most.
+        sampling_s: from then to now.
+        sampled: tokens in it.
+        answer_tokens: the answer's floor.
+    """
+    per_token_s = sampling_s / max(1, sampled - 1)
+    return now_s + first_token_s + answer_tokens * per_token_s >= deadline_s

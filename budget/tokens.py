@@ -13,7 +13,7 @@ class TokenCounts(msgspec.Struct, kw_only=True):
         cached: prompt tokens the backend took from its prefix cache.
         thinking: tokens the model sampled between the thinking markers, markers excluded.
         answer: tokens of the visible answer, the end-of-sequence token included.
-        planner: tokens of planning calls, in and out.
+        planner: tokens of planning and of summarising calls, in and out.
         probe: tokens of probing calls, in and out.
         injected: markers, wrap-up and other forced text in the delivered choices.
         wasted: tokens of branches and attempts that reached no client.

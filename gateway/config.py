@@ -119,13 +119,6 @@ class ThinkingConfig(Section):
     enforce: Literal["auto", "native", "two_phase"] = "auto"
     off: dict[str, object] = {"chat_template_kwargs": {"enable_thinking": False}}
 
-    @field_validator("enforce")
-    @classmethod
-    def _two_phase_is_not_built(cls, enforce: str) -> str:
-        if enforce == "two_phase":
-            raise ValueError("two_phase is not built yet: use auto or native")
-        return enforce
-
     @field_validator("off")
     @classmethod
     def _off_switches_the_template(cls, off: dict[str, object]) -> dict[str, object]:

@@ -5,7 +5,7 @@ Owns: their shape (docs/api.md, "Responses").
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec import Struct
@@ -14,6 +14,10 @@ from budget.tokens import TokenCounts
 
 if TYPE_CHECKING:
     from budget.ledger import Amounts
+    from gateway.modes.flow import Enforced
+
+
+SummaryReport = Literal["auto", "concise", "detailed", "failed"]
 
 
 class CapReport(Struct, kw_only=True, omit_defaults=True):
@@ -22,10 +26,15 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
     Attributes:
         tokens: most thinking tokens per choice; None: no cap could be held.
         source: `request`, `effort`, `default` or `mode` (instant).
-        enforcement: `native` (the backend ends the thinking, the gateway counts), `switch` (instant mode
-            by the template's switch alone; what thinking still appears is cut), `none`.
+        enforcement: `native` (the backend ends the thinking, the gateway counts), `two_phase` (the gateway ends it,
+            by continuing from exact token ids), `soft` (cut off, and answered in a second call), `switch` (instant
+            mode by the template's switch alone; what thinking still appears is cut), `none`.
         hit: it ended the thinking of some choice.
-        overrun_tokens: thinking the backend sent beyond it; cut, counted as wasted.
+        overrun_tokens: thinking the backend sent beyond it; dropped, counted as wasted.
+        ended_by: the bound other than the cap that ended the thinking: `total`, `usd` or `seconds`.
+        waits: how often thinking that ended too early was made to go on.
+        resent_tokens: prompt tokens of further segments under two-phase enforcement, and
+        resent_cached_tokens: those that the backend had in its prefix cache.
     """
 
     tokens: int | None
@@ -35,6 +44,18 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
     clamped_from: int | None = None
     clamped_by: str | None = None
     overrun_tokens: int = 0
+    ended_by: str | None = None
+    waits: int = 0
+    resent_tokens: int = 0
+    resent_cached_tokens: int = 0
+
+    def tell(self, enforced: Enforced, overrun_tokens: int) -> None:
+        """Add what holding the cap took."""
+        self.enforcement = enforced.how
+        self.overrun_tokens = overrun_tokens
+        self.ended_by = None if enforced.ended_by == "cap" else enforced.ended_by
+        self.waits = enforced.waits
+        self.resent_tokens, self.resent_cached_tokens = enforced.resent_tokens, enforced.resent_cached_tokens
 
 
 class Spent(Struct, kw_only=True):
@@ -65,6 +86,7 @@ class Report(Struct, kw_only=True):
     request_id: str
     ended_by: str | msgspec.UnsetType = msgspec.UNSET
     counted: str | msgspec.UnsetType = msgspec.UNSET
+    summary: SummaryReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):

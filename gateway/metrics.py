@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from budget.ledger import Amounts
     from budget.tokens import TokenCounts
     from gateway.models import Model
+    from gateway.modes.flow import Enforced
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1)
@@ -104,6 +105,10 @@ class Metrics(Collector):
         self._overruns = CounterCells(
             "thinkgate_cap_overruns", "Calls whose backend ignored the cap.", ("model", "backend")
         )
+        self._enforced = CounterCells("thinkgate_enforced", "Requests by how their cap was held.", ("model", "how"))
+        self._resent = CounterCells(
+            "thinkgate_resent_tokens", "Prompt tokens of a choice's later segments.", ("model", "cached")
+        )
         self.refusals = CounterCells("thinkgate_refusals", "Requests refused.", ("code",))
         self.disconnects = CounterCells("thinkgate_disconnects", "Clients that left early.", ("route",))
         self.unreported = CounterCells(
@@ -116,6 +121,9 @@ class Metrics(Collector):
         self._first = HistogramCells("thinkgate_first_byte_seconds", "Arrival to first byte.", mode, SECONDS)
         self._overhead = HistogramCells(
             "thinkgate_overhead_seconds", "What the gateway itself added before the first byte.", mode, OVERHEAD
+        )
+        self._switches = HistogramCells(
+            "thinkgate_switch_seconds", "What the gateway added between two segments.", ("model",), OVERHEAD
         )
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -155,6 +163,15 @@ class Metrics(Collector):
         """A backend thought beyond its cap."""
         self._overruns.add(model, backend)
 
+    def enforced(self, model: str, enforced: Enforced) -> None:
+        """How the cap of a request was held."""
+        self._enforced.cells[model, enforced.how] += 1
+        if enforced.resent_tokens:
+            self._resent.add(model, "yes", by=enforced.resent_cached_tokens)
+            self._resent.add(model, "no", by=enforced.resent_tokens - enforced.resent_cached_tokens)
+        for switch_s in enforced.switches_s:
+            self._switches.observe((model,), switch_s)
+
     def render(self) -> bytes:
         """The text exposition."""
         return generate_latest(self.registry)
@@ -182,9 +199,15 @@ class Metrics(Collector):
     def _backends(self) -> Iterator[GaugeMetricFamily]:
         up = GaugeMetricFamily("thinkgate_backend_up", "1 if the backend is up.", labels=("model", "backend"))
         calls = GaugeMetricFamily("thinkgate_backend_calls", "Calls in flight.", labels=("model", "backend"))
+        holds = GaugeMetricFamily(
+            "thinkgate_backend_cap_binds", "1 if its own cap is trusted to bind.", labels=("model", "backend")
+        )
         for model in self._models().values():
             for slot in model.slots:
                 up.add_metric((model.name, slot.config.id), float(slot.is_up))
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
+                binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)
+                holds.add_metric((model.name, slot.config.id), float(binds))
         yield up
         yield calls
+        yield holds

@@ -8,6 +8,8 @@ probes backends until they are up and again when they were lost. Does not own: w
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Collection
@@ -18,15 +20,19 @@ from budget.price import PriceTable
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Backend, Capabilities
 from gateway.config_load import backend_api_key
+from gateway.enforcement import How, Needs, enforcement
 from gateway.errors import GatewayError, Overloaded
 from gateway.fields import Switches
 from router.placement import Candidate, place
 
 if TYPE_CHECKING:
+    from budget.chain import Forcing
     from gateway.config import BackendConfig, Config, ModelConfig
 
 log = logging.getLogger("thinkgate.models")
 PROBE_AGAIN_S = 2.0
+TRUST_AGAIN_S = 60.0
+TRUST_AGAIN_MOST_S = 3600.0
 
 
 class Slot:
@@ -37,6 +43,7 @@ class Slot:
         capabilities: as measured; None while it is down.
         in_flight: calls that were placed here and have not ended.
         failure: why it is down, for humans.
+        lies: how often it did not hold a cap that it was measured to hold.
     """
 
     def __init__(self, config: BackendConfig, build: Callable[[], Backend]) -> None:
@@ -46,6 +53,8 @@ class Slot:
         self.in_flight = 0
         self.failure = "not probed yet"
         self.suspect = asyncio.Event()
+        self.lies = 0
+        self._probe_again_s = 0.0
         self._drained: asyncio.Event | None = None
 
     @property
@@ -59,6 +68,22 @@ class Slot:
             log.warning("backend lost", extra={"backend": self.config.id, "reason": why})
         self.capabilities = None
         self.failure = why
+        self.suspect.set()
+
+    def distrust(self) -> None:
+        """It let thinking go past a cap it was measured to hold: two-phase from now on, until probed again."""
+        found = self.capabilities
+        if found is None or not found.cap_binds:
+            return
+        self.lies += 1
+        pause_s = min(TRUST_AGAIN_S * 2 ** (self.lies - 1), TRUST_AGAIN_MOST_S)
+        log.error("backend ignored its cap", extra={"backend": self.config.id, "not_trusted_s": pause_s})
+        detail = {**found.detail, "cap": f"ignored in service, {self.lies} times"}
+        found = dataclasses.replace(found, cap_binds=False, cap_binds_with_tools=False, detail=detail)
+        self.capabilities = found
+        if isinstance(self.backend, HttpBackend):
+            self.backend.capabilities = found
+        self._probe_again_s = pause_s
         self.suspect.set()
 
     def __enter__(self) -> Backend:
@@ -78,6 +103,13 @@ class Slot:
             self._drained = asyncio.Event()
             await self._drained.wait()
 
+    async def _wait_down(self, pause_s: float) -> None:
+        """Wait before a backend that is not trusted is probed again, or until it is lost altogether."""
+        self.suspect.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self.suspect.wait()
+
     async def keep_up(self) -> None:
         """Probe until it is up; wait until it is suspected; for ever."""
         while True:
@@ -87,6 +119,8 @@ class Slot:
                 self.suspect.clear()
                 log.info("backend up", extra={"backend": self.config.id})
                 await self.suspect.wait()
+                if self.is_up:
+                    await self._wait_down(self._probe_again_s)
             except GatewayError as exc:
                 if self.failure != exc.message:
                     log.warning("backend down", extra={"backend": self.config.id, "reason": exc.message})
@@ -129,8 +163,10 @@ class Model:
             else PriceTable.from_usd_per_mtok(price.prompt, price.answer, cached=price.cached, thinking=price.thinking)
         )
 
-    def bounds(self, key_max: int | None, total_max: int | None, answer_floor: int | None) -> Bounds:
-        """What limits a cap on this model."""
+    def bounds(
+        self, key_max: int | None, total_max: int | None, answer_floor: int | None, *, forced: int = 0
+    ) -> Bounds:
+        """What limits a cap on this model; `forced` tokens are kept back for ending the thinking by force."""
         thinking = self.thinking
         return Bounds(
             model_max=thinking.max_tokens,
@@ -138,9 +174,24 @@ class Model:
             total_max=total_max,
             window=self.window(),
             answer_floor=thinking.answer_floor_tokens if answer_floor is None else answer_floor,
+            forced=forced,
             default=thinking.default_tokens,
             effort_tokens=self.config.effort_tokens,  # type: ignore[arg-type]  # a Literal is a str
         )
+
+    def enforcement(self, needs: Needs) -> tuple[How, str, Forcing | None]:
+        """How the backends that are up hold a cap; the first that cannot speaks for all, and says why.
+
+        If none is up, placement will say so.
+        """
+        how: tuple[How, str, Forcing | None] = ("native", "", None)
+        for slot in self.slots:
+            if slot.capabilities is not None:
+                way, why = enforcement(slot.capabilities, needs, self.thinking.enforce, self.kind)
+                how = (way, why, slot.capabilities.forcing)
+                if way == "none":
+                    break
+        return how
 
     def window(self) -> int | None:
         """The smallest context window of the backends that are up; None if none of them says."""

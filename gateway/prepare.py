@@ -7,7 +7,7 @@ Pure; O(fields). Does not own: dialects (resolve.py), cap arithmetic (budget/cap
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -15,10 +15,13 @@ from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
 from budget.ledger import Amounts
 from gateway.auth import Key, check_model
 from gateway.backends.port import Call, Surface, Thinking
+from gateway.enforcement import How, Needs, instant_enforcement
 from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from gateway.extension import CapReport
 from gateway.fields import check_choices, check_media, upstream_fields
 from gateway.models import Model
+from gateway.modes.enforce import Enforcement
+from gateway.modes.summary import most_used
 from gateway.request import RawFields, parse_chat, parse_completion
 from gateway.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
 from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
@@ -40,6 +43,9 @@ class Prepared(msgspec.Struct, frozen=True):
         call: what a backend will run.
         cap: for the response.
         ceiling: the most it can use, to be held.
+        enforcer: how the cap is held.
+        slack: output tokens per choice that holding it may waste.
+        aside: the most prompt and output tokens of all calls on the side; none: no summary will be made.
         stops: stop strings the gateway matches itself.
         keep_stop: leave the matched one in the text.
     """
@@ -50,6 +56,9 @@ class Prepared(msgspec.Struct, frozen=True):
     call: Call
     cap: CapReport
     ceiling: Amounts
+    enforcer: Enforcement
+    slack: int = 0
+    aside: tuple[int, int] = (0, 0)
     stops: tuple[str, ...] = ()
     keep_stop: bool = False
 
@@ -64,6 +73,7 @@ class Prepared(msgspec.Struct, frozen=True):
             self.decision.mode == "instant"
             and not self.ask.stream
             and self.ask.envelope is None
+            and self.cap.enforcement != "two_phase"
             and self.model.kind != "embedded"
         )
 
@@ -87,14 +97,10 @@ def prepare(
     check_choices(ask.n, ask.prompts, model.config.max_n)
     if ask.answer_floor is not None:
         _check_floor(ask, ask.answer_floor, model)
-    bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
-    decision = _decide(ask, key, bounds, config, model)
-    cap, report = _cap(ask, decision.mode, bounds, model)
-    if decision.mode == "reasoning" and cap is not None and cap.tokens == 0:
-        decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}")
+    needs = _needs(ask, model, is_chat=surface == "chat", has_media=media_parts > 0)
+    decision, bounds, cap, report, slack = _bounded(ask, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
-    cap_tokens = report.tokens if is_thinking else 0
-    max_tokens = _max_tokens(ask, decision.mode, cap, model)
+    max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
     stops, keep_stop, raw = _own_stops(raw) if is_thinking else ((), False, raw)
     thinking = model.thinking
     call = Call(
@@ -104,11 +110,13 @@ def prepare(
         fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode),
         thinking=Thinking(
             enabled=is_thinking,
-            cap=cap_tokens,
+            cap=report.tokens,
             start=thinking.start,
             end=thinking.end,
             wrap_up=thinking.wrap_up,
             native=thinking.native,
+            answer_floor=bounds.answer_floor,
+            min_tokens=ask.min_thinking if is_thinking else 0,
         ),
         max_tokens=max_tokens,
         n=ask.n,
@@ -119,8 +127,47 @@ def prepare(
     )
     # A body's bytes bound the tokens of its text.
     prompt_bound = TEMPLATE_MARGIN_TOKENS + len(body) + MEDIA_PART_TOKENS * media_parts
-    ceiling = _ceiling(ask, prompt_bound, model, cap_tokens, max_tokens)
-    return Prepared(ask, model, decision, call, report, ceiling, stops, keep_stop)
+    aside = _aside(ask, call)
+    ceiling = _ceiling(ask, prompt_bound, model, report.tokens, max_tokens + slack, aside)
+    enforcer = Enforcement(needs)
+    return Prepared(ask, model, decision, call, report, ceiling, enforcer, slack, aside, stops, keep_stop)
+
+
+class _Bounded(NamedTuple):
+    """Mode and cap, which decide each other; `slack` tokens per choice are held for what enforcement may waste."""
+
+    decision: ModeDecision
+    bounds: Bounds
+    cap: Cap | None
+    report: CapReport
+    slack: int
+
+
+def _bounded(ask: Ask, model: Model, key: Key, config: Config, needs: Needs) -> _Bounded:
+    bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
+    decision = _decide(ask, key, bounds, config, model)
+    if decision.mode == "reasoning":
+        how, why_not, forcing = model.enforcement(needs)
+        slack = 0
+        if how == "two_phase" and forcing is not None:
+            slack = forcing.most_wasted()
+            bounds = msgspec.structs.replace(bounds, forced=forcing.overhead())
+        cap, report = _cap(ask, bounds, model, how, why_not)
+        if cap.tokens:
+            return _Bounded(decision, bounds, cap, report, slack)
+        decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}")
+    return _Bounded(decision, bounds, None, _instant_report(model, needs), 0)
+
+
+def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool) -> Needs:
+    return Needs(
+        is_chat=is_chat,
+        has_tools=ask.has_tools,
+        has_media=has_media,
+        has_envelope=ask.envelope is not None,
+        min_thinking=ask.min_thinking,
+        is_native=model.thinking.native,
+    )
 
 
 def _ask(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> tuple[Ask, RawFields, int]:
@@ -176,11 +223,17 @@ def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model) ->
         ) from exc
 
 
-def _cap(ask: Ask, mode: Mode, bounds: Bounds, model: Model) -> tuple[Cap | None, CapReport]:
+def _instant_report(model: Model, needs: Needs) -> CapReport:
+    """How thinking is kept out of instant mode, on the first backend that is up."""
+    for slot in model.slots:
+        if slot.capabilities is not None:
+            how = instant_enforcement(slot.capabilities, needs)
+            return CapReport(tokens=0, source="mode", enforcement=how, hit=False)
+    return CapReport(tokens=0, source="mode", enforcement="switch", hit=False)
+
+
+def _cap(ask: Ask, bounds: Bounds, model: Model, how: How, why_not: str) -> tuple[Cap, CapReport]:
     """The cap, and how it will be held. Raises: InvalidRequest when an explicit one cannot be."""
-    binds, why_not = _cap_binds(model, has_tools=ask.has_tools)
-    if mode == "instant":
-        return None, CapReport(tokens=0, source="mode", enforcement="native" if binds else "switch", hit=False)
     explicit = ask.thinking_tokens
     try:
         if explicit == UNCAPPED:
@@ -194,41 +247,38 @@ def _cap(ask: Ask, mode: Mode, bounds: Bounds, model: Model) -> tuple[Cap | None
             param=ask.thinking_field,
             code="thinking_budget_too_high",
         ) from exc
-    if not binds and explicit is not None and explicit != UNCAPPED:
+    if ask.min_thinking > (cap.tokens if how != "none" else 0):
+        most = f"the most that may be thought is {cap.tokens}" if how != "none" else why_not
         raise InvalidRequest(
-            f"`{ask.thinking_field}`: no backend of {model.name!r} was measured to hold a thinking cap"
-            f" ({why_not}), and two-phase enforcement is not built yet: leave the cap out or use instant mode.",
+            f"`thinkgate.min_thinking_tokens` is {ask.min_thinking}, which cannot be made to hold: {most}.",
+            param="thinkgate.min_thinking_tokens",
+            code="cap_not_enforceable" if how == "none" else "thinking_budget_too_high",
+        )
+    if how == "none" and explicit is not None and explicit != UNCAPPED:
+        raise InvalidRequest(
+            f"`{ask.thinking_field}`: no way to hold a thinking cap on {model.name!r} ({why_not}):"
+            " leave the cap out or use instant mode.",
             param=ask.thinking_field,
             code="cap_not_enforceable",
         )
     return cap, CapReport(
-        tokens=cap.tokens if binds else None,
+        tokens=cap.tokens if how != "none" else None,
         source=cap.source,
-        enforcement="native" if binds else "none",
+        enforcement=how,
         hit=False,
         clamped_from=cap.clamped_from,
         clamped_by=cap.clamped_by,
     )
 
 
-def _cap_binds(model: Model, *, has_tools: bool) -> tuple[bool, str]:
-    """Whether the backends that are up hold a cap; if none is up, placement will say so."""
-    up = [slot.capabilities for slot in model.slots if slot.capabilities is not None]
-    for capabilities in up:
-        binds = capabilities.cap_binds_with_tools if has_tools else capabilities.cap_binds
-        if not binds:
-            name = "cap + tools" if has_tools and capabilities.cap_binds else "cap"
-            return False, capabilities.detail.get(name, "not measured")
-    return True, ""
-
-
-def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model) -> int:
+def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model, forced: int) -> int:
     """Most output tokens per choice. Raises: InvalidRequest when the request's own limit is too high."""
     answer = model.config.answer
     thinking_max = model.thinking.max_tokens if mode == "reasoning" else 0
-    most = answer.max_tokens + (thinking_max + MARKER_ALLOWANCE_TOKENS if thinking_max else 0)
+    markers = max(MARKER_ALLOWANCE_TOKENS, forced)
+    most = answer.max_tokens + (thinking_max + markers if thinking_max else 0)
     if ask.total_max is None:
-        thought = 0 if cap is None or mode == "instant" else cap.tokens + MARKER_ALLOWANCE_TOKENS
+        thought = 0 if cap is None or mode == "instant" else cap.tokens + markers
         wanted = thought + max(answer.default_tokens, ask.answer_floor or 0)
         window = model.window()
         return min(wanted, most) if window is None else min(wanted, most, window - 1)
@@ -251,14 +301,26 @@ def _own_stops(raw: RawFields) -> tuple[tuple[str, ...], bool, RawFields]:
     return ((stop,) if isinstance(stop, str) else tuple(stop)), keep, rest
 
 
-def _ceiling(ask: Ask, prompt: int, model: Model, cap: int | None, max_tokens: int) -> Amounts:
-    """The hold: prompt bound + output limit times choices."""
+def _aside(ask: Ask, call: Call) -> tuple[int, int]:
+    """The most prompt and output tokens that summarising every choice's thinking takes, if that is to be done."""
+    if ask.summary is None or not call.thinking.enabled:
+        return 0, 0
+    cap = call.thinking.cap
+    prompt, output = most_used(ask.summary, call.max_tokens if cap is None else min(cap, call.max_tokens))
+    return ask.n * prompt, ask.n * output
+
+
+def _ceiling(ask: Ask, prompt: int, model: Model, cap: int | None, max_tokens: int, aside: tuple[int, int]) -> Amounts:
+    """The hold: prompt bound + output limit times choices + the calls on the side."""
     choices = ask.n * ask.prompts
+    aside_prompt, aside_output = aside
     thinking = max_tokens if cap is None else min(cap, max_tokens)
     return Amounts(
-        tokens=prompt + choices * max_tokens,
+        tokens=prompt + choices * max_tokens + aside_prompt + aside_output,
         thinking_tokens=choices * thinking,
         nano_usd=model.prices.ceiling_nano_usd(
-            prompt=prompt, thinking=choices * thinking, answer=choices * (max_tokens - thinking)
+            prompt=prompt + aside_prompt,
+            thinking=choices * thinking,
+            answer=choices * (max_tokens - thinking) + aside_output,
         ),
     )

@@ -96,6 +96,8 @@ class Record:
                 metrics.capped(model)
             if run.overrun:
                 metrics.overrun(model, self.backend)
+            if not prepared.is_plain():
+                metrics.enforced(model, run.enforced)
         return RequestLine(
             event="request",
             time=self._ended_at_s,

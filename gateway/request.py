@@ -32,6 +32,7 @@ Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Summary = Literal["auto", "concise", "detailed"]
 RequestMode = Literal["auto", "instant", "reasoning", "agentic", "search"]
 
 GATEWAY_OWNED = frozenset(
@@ -66,7 +67,7 @@ class Reasoning(Struct, forbid_unknown_fields=True):
     max_tokens: Count | None = None
     exclude: bool | None = None
     enabled: bool | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
+    summary: Summary | None = None
 
 
 class AnthropicThinking(Struct, forbid_unknown_fields=True):
@@ -96,6 +97,7 @@ class Extension(Struct, forbid_unknown_fields=True):
 
     mode: RequestMode | None = None
     thinking_tokens: Count | None = None
+    min_thinking_tokens: Count | None = None
     answer_tokens_min: Count | None = None
     envelope: EnvelopeFields | None = None
     plan: Literal["off", "auto", "on"] | None = None

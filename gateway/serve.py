@@ -23,6 +23,7 @@ from gateway.extension import Report, Spent, UsageReport, encode
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
 from gateway.modes.reasoning import reasoning
+from gateway.modes.summary import Summaries
 from gateway.plain import PlainAnswer
 from gateway.prepare import Prepared, prepare
 from gateway.sse import ChunkEncoder
@@ -92,13 +93,13 @@ class Answer:
         self._record = record
         ask = prepared.ask
         bounds = ask.envelope
-        most_output = prepared.call.max_tokens * prepared.choices
+        most_output = (prepared.call.max_tokens + prepared.slack) * prepared.choices
         self._run = Run(
             model=prepared.model,
             call=prepared.call,
             tally=Tally(
                 prepared.model.prices,
-                most_prompt=prepared.ceiling.tokens - most_output,
+                most_prompt=prepared.ceiling.tokens - most_output - sum(prepared.aside),
                 most_output=most_output,
             ),
             hold=hold,
@@ -111,7 +112,10 @@ class Answer:
             ),
             clock=time.perf_counter,
             choices=prepared.choices,
+            enforcer=prepared.enforcer,
+            slack=prepared.slack,
         )
+        self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
         if self._run.envelope.deadline_s is not None:
             watched.bound(self._run.envelope.deadline_s)
 
@@ -131,7 +135,8 @@ class Answer:
     def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         if self._prepared.decision.mode == "instant":
             return instant(self._run)
-        return reasoning(self._run, self._prepared.stops, keep_stop=self._prepared.keep_stop)
+        deltas = reasoning(self._run, self._prepared.stops, keep_stop=self._prepared.keep_stop)
+        return deltas if self._summaries is None else self._summaries.deltas(deltas)
 
     async def _plain(self) -> None:
         """The non-streamed instant path: the backend's own JSON, completed."""
@@ -252,7 +257,8 @@ class Answer:
         run, prepared = self._run, self._prepared
         counts, settled = run.close_books()
         prepared.cap.hit = run.tally.capped
-        prepared.cap.overrun_tokens = run.overrun
+        if run.slot is not None and not prepared.is_plain():
+            prepared.cap.tell(run.enforced, run.overrun)
         report = Report(
             mode=prepared.decision.mode,
             mode_reason=prepared.decision.reason,
@@ -269,6 +275,8 @@ class Answer:
             report.ended_by = run.ended_by
         if run.tally.is_estimated:
             report.counted = "estimated"
+        if self._summaries is not None:
+            report.summary = self._summaries.outcome
         return encode(UsageReport.of(counts)), encode(report)
 
     def _id_header(self) -> Headers:

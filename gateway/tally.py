@@ -1,12 +1,14 @@
 """What one request has used so far, by kind, in tokens and money.
 
-Owns: the running counts and how the backend's own usage corrects them at the end (docs/api.md,
-"Counting"). O(1) per delta.
+Owns: the running counts, those of calls on the side apart, and how the backend's own usage corrects them at
+the end (docs/api.md, "Counting"). O(1) per delta.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from budget.ledger import Amounts
 from budget.tokens import TokenCounts
@@ -28,9 +30,10 @@ class Tally:
         most_output: output tokens it was allowed: a backend that claims more, without having sent it, is not believed.
 
     Attributes:
+        is_guess: some tokens were guessed.
         most_thinking: thinking tokens of the choice that thought most.
         capped: the cap ended the thinking of some choice.
-        is_estimated: tokens were counted by events or text, since the backend gave neither ids nor usage.
+        asides: of the calls that the gateway makes on the request's behalf; they are in no other attribute.
     """
 
     __slots__ = (
@@ -38,10 +41,11 @@ class Tally:
         "_most_prompt",
         "_prices",
         "answer",
+        "asides",
         "capped",
         "has_ids",
         "injected",
-        "is_estimated",
+        "is_guess",
         "most_thinking",
         "prompt",
         "thinking",
@@ -56,8 +60,23 @@ class Tally:
         self._most_output = most_output
         self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = 0
         self.thinking_by_choice: dict[int, int] = {}
-        self.capped = self.has_ids = self.is_estimated = False
+        self.capped = self.has_ids = self.is_guess = False
         self.usage: Usage | None = None
+        self.asides: list[Tally] = []
+
+    def begin_aside(self, *, most_prompt: int, most_output: int) -> Tally:
+        """The tally of one more call on the side: nobody asked for its tokens, somebody pays for them."""
+        aside = Tally(self._prices, most_prompt=most_prompt, most_output=most_output)
+        self.asides.append(aside)
+        return aside
+
+    @property
+    def is_estimated(self) -> bool:
+        """Tokens were counted by events or text, since the backend gave neither ids nor usage."""
+        return self.is_guess or self._is_unsaid() or any(aside._is_unsaid() for aside in self.asides)
+
+    def _is_unsaid(self) -> bool:
+        return self.usage is None and not self.has_ids and self.output() > 0
 
     def add(self, delta: Delta) -> None:
         """Count one delta."""
@@ -96,9 +115,14 @@ class Tally:
 
     def counts(self) -> TokenCounts:
         """Tokens by kind, corrected by the backend's usage once that is known."""
+        counts = self._own_counts()
+        for aside in self.asides:
+            counts.planner += aside.counts().total()
+        return counts
+
+    def _own_counts(self) -> TokenCounts:
         usage = self.usage
         if usage is None:
-            self.is_estimated = self.output() > 0 and not self.has_ids
             return TokenCounts(
                 prompt=self.prompt,
                 thinking=self.thinking,
@@ -124,7 +148,24 @@ class Tally:
     def amounts(self, counts: TokenCounts) -> Amounts:
         """`counts` in the ledger's units."""
         return Amounts(
-            tokens=counts.total(), thinking_tokens=counts.thinking, nano_usd=self._prices.cost_nano_usd(counts)
+            tokens=counts.total(),
+            thinking_tokens=counts.thinking,
+            nano_usd=self._prices.cost_nano_usd(self._priced(counts)),
+        )
+
+    def _priced(self, counts: TokenCounts) -> TokenCounts:
+        """`counts` as they are paid for: a call on the side costs what a call costs, by direction."""
+        if not self.asides:
+            return counts
+        asides = [aside.counts() for aside in self.asides]
+        prompt, cached = sum(one.prompt for one in asides), sum(one.cached for one in asides)
+        planner = sum(one.total() for one in asides)
+        return msgspec.structs.replace(
+            counts,
+            prompt=counts.prompt + prompt,
+            cached=counts.cached + cached,
+            answer=counts.answer + planner - prompt - cached,
+            planner=counts.planner - planner,
         )
 
     def _thinking(self, usage: Usage, completion: int) -> tuple[int, int]:
@@ -137,5 +178,5 @@ class Tally:
         seen = self.thinking + self.answer + self.injected
         if not seen:
             return 0, 0
-        self.is_estimated = self.thinking > 0
+        self.is_guess = self.thinking > 0
         return min(total, -(-self.thinking * total // seen)), 0

@@ -65,6 +65,7 @@ class Choice:
         eos: the model's end-of-sequence tokens.
         chain_open: the prompt ends inside the thinking; needs a plan.
         parses_tools: tool calls are taken out of the answer.
+        before: the last bytes of the prompt, whose unfinished character the first tokens may complete.
 
     Attributes:
         phase: where it is.
@@ -83,6 +84,7 @@ class Choice:
         eos: Collection[int],
         chain_open: bool,
         parses_tools: bool,
+        before: bytes = b"",
     ) -> None:
         self.thinking = self.answer = self.injected = 0
         self.finish_reason: str | None = None
@@ -93,6 +95,7 @@ class Choice:
         self._shown = shown
         self._eos = frozenset() if stopping.ignore_eos else frozenset(eos)
         self._stream = TextStream()
+        self._stream.push(before)
         self._finder = MarkerFinder(plan.end.text) if plan is not None and plan.end.single is None else None
         self._scanner = StopScanner(stopping.strings, include=stopping.include)
         self._tools = ToolCallParser() if parses_tools else None
@@ -190,9 +193,9 @@ class Choice:
             outputs = self._answer(token)
         return self._checked(outputs)
 
-    def complete(self) -> Output:
-        """End a choice whose grammar allows nothing more."""
-        return self._finish(self._output(Kind.ANSWER), "stop")
+    def complete(self, out: Output) -> None:
+        """End a choice with its latest output, since its grammar allows nothing more."""
+        self._finish(out, "stop")
 
     def _think(self, token: Token) -> list[Output]:
         assert self._plan is not None
@@ -249,7 +252,7 @@ class Choice:
         if token.id in self._eos:
             return [self._finish(out, "stop")]
         if token.id in self._stopping.token_ids and self.total >= self._stopping.min_tokens:
-            if self._stopping.include:
+            if self._stopping.include and token.id not in self._stopping.silent_ids:
                 self._show(out, self._stream.push(self._shown(token.id)))
             return [self._finish(out, "stop", token.id)]
         return [self._show(out, self._stream.push(self._shown(token.id)))]

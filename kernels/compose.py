@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kernels.chat import render_chat
 from kernels.errors import RequestRefused
-from kernels.grammar import schema_grammar, tools_grammar
+from kernels.grammar import format_grammar, tools_grammar
 from kernels.params import ChatInput, GenerationRequest, Prompt
 from kernels.thinking import ThinkingPlan, chain_is_open
 
@@ -32,7 +32,7 @@ def compose(model: LanguageModel, given: ChatInput | CompletionInput, options: O
         field, limit = "messages", "max_completion_tokens"
     else:
         tools = []
-        grammar = schema_grammar(given.response_schema) if given.response_schema is not None else None
+        grammar = format_grammar(given)
         prompts = _completion_prompts(model, given, options.thinking)
         field, limit = "prompt", "max_tokens"
     _check_ids(model, prompts, options)
@@ -102,8 +102,11 @@ def _grammar(model: LanguageModel, given: ChatInput) -> str | None:
     choice = given.tool_choice
     if not given.tools or choice == "none":
         if given.tools or choice in {"auto", "none"}:
-            return schema_grammar(given.response_schema) if given.response_schema is not None else None
+            return format_grammar(given)
         raise RequestRefused("`tool_choice` asks for a call but there are no `tools`.", param="tool_choice")
+    if given.response_choices or given.response_regex is not None:
+        message = f"`{given.response_param}` goes with `tools` only as a JSON Schema."
+        raise RequestRefused(message, param=given.response_param)
     functions = [tool["function"] for tool in given.tools]
     callable_ = functions
     if isinstance(choice, tuple):

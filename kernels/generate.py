@@ -68,6 +68,9 @@ class _Run:
         self._model = model
         self._alternatives = options.sampling.logprobs
         self._stopping = options.stopping
+        # The logits may have padding rows beyond the vocabulary: what is sampled must be a token, or
+        # nobody could go on from its id.
+        self._vocab = min(model.network.vocab, model.tokens.size)
         self._choice = Choice(
             index,
             plan=thinking_plan(
@@ -78,11 +81,12 @@ class _Run:
             eos=model.tokens.eos,
             chain_open=prompt.chain_open,
             parses_tools=request.parses_tools,
+            before=model.tokens.tail(prompt.token_ids),
         )
         self._sampler = Sampler(
             options.sampling,
             prompt.token_ids,
-            vocab=model.network.vocab,
+            vocab=self._vocab,
             device=model.network.device,
             offset=offset,
         )
@@ -123,22 +127,23 @@ class _Run:
             banned = {*self._model.tokens.eos, *self._stopping.token_ids}
         allowed = None
         if self._constraint is not None and self._choice.is_constrained:
-            allowed = self._constraint.allowed(self._model.network.vocab)
+            allowed = self._constraint.allowed(self._vocab)
             if self._choice.opening_id is not None:
                 allowed[self._choice.opening_id] = True
             allowed = allowed.to(self._model.network.device)
-        return self._sampler.pick(logits, banned=banned, allowed=allowed)
+        return self._sampler.pick(logits[: self._vocab], banned=banned, allowed=allowed)
 
-    def _take(self, token_id: int, logits: torch.Tensor) -> Iterator[Output]:
+    def _take(self, token_id: int, logits: torch.Tensor) -> list[Output]:
         """Hand a sampled token to everybody who follows."""
         choice = self._choice
         follows = self._constraint is not None and choice.is_answer(token_id)
-        yield from choice.accept(self._tokens([token_id], logits)[0])
+        outputs = choice.accept(self._tokens([token_id], logits)[0])
         self._sampler.note([token_id])
         if self._constraint is not None and follows:
             self._constraint.take(token_id)
             if self._constraint.is_complete and choice.finish_reason is None:
-                yield choice.complete()
+                choice.complete(outputs[-1])
+        return outputs
 
     def _tokens(self, ids: Sequence[int], logits: torch.Tensor, rows: torch.Tensor | None = None) -> list[Token]:
         """Tokens with their log probabilities, if they were asked for.
@@ -151,4 +156,5 @@ class _Run:
         if self._alternatives is None:
             return [Token(token_id) for token_id in ids]
         before = [logits, *(rows[:-1] if rows is not None else ())]
-        return [Token(i, describe(row, i, self._alternatives)) for i, row in zip(ids, before, strict=True)]
+        rows_of = zip(ids, before, strict=True)
+        return [Token(i, describe(row[: self._vocab], i, self._alternatives)) for i, row in rows_of]

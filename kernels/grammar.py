@@ -1,4 +1,4 @@
-"""Constrained decoding with llguidance: grammars for JSON answers and tool calls, and their masks.
+"""Constrained decoding with llguidance: grammars for formatted answers and tool calls, and their masks.
 
 Owns: what an answer may look like. The model writes JSON on one line (`", "` and `": "` between items):
 free white space is where small models get lost for ever. Schemas are never fetched from anywhere.
@@ -18,7 +18,7 @@ from kernels.toolcalls import CLOSING, OPENING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kernels.params import Json
+    from kernels.params import AnswerFormat, Json
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_CALLS = 16
@@ -33,10 +33,29 @@ def _with_layout(schema: Json, *, lenient: bool) -> Json:
     return {**schema, "x-guidance": {**_LAYOUT, "lenient": lenient}}
 
 
-def schema_grammar(schema: Json) -> str:
-    """Grammar of JSON values that match `schema`. Raises: RequestRefused naming response_format."""
+def format_grammar(asked: AnswerFormat) -> str | None:
+    """Grammar of answers in a format; None if any will do. Raises: RequestRefused naming `response_param`."""
+    if asked.response_schema is not None:
+        return schema_grammar(asked.response_schema, asked.response_param)
+    regex = asked.response_regex
+    if regex is None and asked.response_choices:
+        regex = "|".join(map(_spelled_out, asked.response_choices))
+    if regex is None:
+        return None
+    grammar: str = LLMatcher.grammar_from_regex(regex)
+    _check(grammar, asked.response_param, "format")
+    return grammar
+
+
+def _spelled_out(text: str) -> str:
+    """A regular expression of just this text: by code points, no character of it can mean anything else."""
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
+
+
+def schema_grammar(schema: Json, param: str = "response_format") -> str:
+    """Grammar of JSON values that match `schema`. Raises: RequestRefused naming `param`."""
     grammar: str = LLMatcher.grammar_from_json_schema(_with_layout(schema, lenient=False))
-    _check(grammar, "response_format")
+    _check(grammar, param)
     return grammar
 
 
@@ -93,11 +112,11 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _check(grammar: str, param: str) -> None:
+def _check(grammar: str, param: str, what: str = "JSON Schema") -> None:
     """Raises: RequestRefused if llguidance cannot use `grammar`."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
     if is_error:
-        raise RequestRefused(f"`{param}` is not a JSON Schema that can be enforced: {messages[0][:300]}", param=param)
+        raise RequestRefused(f"`{param}` is not a {what} that can be enforced: {messages[0][:300]}", param=param)
 
 
 class Constraint:

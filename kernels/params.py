@@ -54,6 +54,7 @@ class Stopping:
         strings: stop strings; may span tokens.
         token_ids: stop tokens besides the model's own end of sequence.
         include: keep the stop string, or the text of the stop token, in the answer.
+        silent_ids: those of `token_ids` whose text is never kept, whatever `include` says.
     """
 
     max_tokens: int
@@ -62,6 +63,7 @@ class Stopping:
     strings: tuple[str, ...] = ()
     token_ids: frozenset[int] = frozenset()
     include: bool = False
+    silent_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,24 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatInput:
+class AnswerFormat:
+    """What the answer has to be; at most one of schema, choices and regex, and none leaves it free.
+
+    Attributes:
+        response_schema: JSON Schema of the answer.
+        response_choices: the answer is one of these texts.
+        response_regex: the answer matches this regular expression as a whole.
+        response_param: the request field that asks for it, for refusals.
+    """
+
+    response_schema: Json | None = None
+    response_choices: tuple[str, ...] = ()
+    response_regex: str | None = None
+    response_param: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatInput(AnswerFormat):
     """A chat request as the client sent it, decoded.
 
     Attributes:
@@ -99,7 +118,6 @@ class ChatInput:
         tool_choice: `none`, `auto`, `required`, or the name of a function in a one-element tuple.
         parallel_tool_calls: more than one call per answer is fine.
         template_kwargs: extra variables for the chat template.
-        response_schema: JSON Schema of the answer; None leaves it free.
     """
 
     messages: list[Json]
@@ -107,16 +125,14 @@ class ChatInput:
     tool_choice: str | tuple[str] = "auto"
     parallel_tool_calls: bool = True
     template_kwargs: Json = field(default_factory=dict)
-    response_schema: Json | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionInput:
+class CompletionInput(AnswerFormat):
     """A completion request: each prompt is text or token ids."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     add_special_tokens: bool = True
-    response_schema: Json | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

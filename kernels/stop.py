@@ -27,13 +27,15 @@ class StopScanner:
 
     Args:
         stops: non-empty strings.
-        include: release the stop string too.
+        include: release the stop string too; then nothing has to be held back.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool) -> None:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        # How much of what is held was released already: it is kept to be matched.
+        self._released = 0
         self.hit: str | None = None
 
     def push(self, text: str) -> str:
@@ -44,14 +46,15 @@ class StopScanner:
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             end, start, self.hit = min(found)
-            released, self._held = self._held[: end if self._include else start], ""
+            released, self._held = self._held[self._released : end if self._include else start], ""
             return released
-        keep = held_back(self._held, self._stops)
-        cut = len(self._held) - keep
-        released, self._held = self._held[:cut], self._held[cut:]
+        cut = len(self._held) - held_back(self._held, self._stops)
+        released = self._held[self._released : None if self._include else cut]
+        self._held = self._held[cut:]
+        self._released = len(self._held) if self._include else 0
         return released
 
     def flush(self) -> str:
         """What was held back: no stop string will complete it any more."""
-        released, self._held = self._held, ""
+        released, self._held, self._released = self._held[self._released :], "", 0
         return released

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Markers and wrap-ups come from the configuration, so there are few; a bound keeps it that way.
 _MOST_MARKERS = 64
+# UTF-8 takes four bytes at most, so an unfinished character has three.
+_MOST_UNFINISHED = 3
 
 
 class Tokens:
@@ -75,6 +77,15 @@ class Tokens:
     def bytes_of(self, token_id: int) -> bytes:
         """All bytes of a token."""
         return self._all.of(token_id)
+
+    def tail(self, token_ids: Sequence[int]) -> bytes:
+        """The last bytes of token ids, special tokens included: enough to hold an unfinished character."""
+        tail = b""
+        for token_id in reversed(token_ids):
+            if len(tail) >= _MOST_UNFINISHED:
+                break
+            tail = self._all.of(token_id) + tail
+        return tail
 
     def shown(self, *, skip_special_tokens: bool) -> Callable[[int], bytes]:
         """The function from a token to those of its bytes that belong to the text."""

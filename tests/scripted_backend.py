@@ -7,23 +7,31 @@
 
 What is not scripted is answered by `scripted.default`. No test waits for time: a `Gate` holds a stream at
 an event until the test opens it, and every `Exchange` has events for what happened to it.
+
+A completions call with token ids goes on where they end, as a real model does. Its rendered prompt says which
+conversation it belongs to, so one queued answer serves a conversation with all its calls; within it, calls that
+repeat what a chain sampled (or have its seed) continue this chain, and others begin the next choice. Ids that the
+model would not have said are text that was forced on it. The newest conversation gets the calls where two rendered
+the same prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Self
 
-import httptools
+from tests.scripted_chains import Chain, Conversations, PrefixCache
+from tests.scripted_connection import Connection, Playing
+from tests.scripted_script import NOT_FOUND, Exchange, Reply, Script, json_reply, refusal
+from tests.scripted_stream import Json, Model, Say, Stream, Token, tokens
+from tests.scripted_tokens import NAMES, decode, is_text
 
-from tests.scripted_script import END, NOT_FOUND, Exchange, Reply, Script, json_reply, refusal
-from tests.scripted_stream import Json, Model, Say, Stream, dump, prompt_ids, prompts_of, tokens, wants_thinking
-
-CALLS = frozenset({"/v1/chat/completions", "/v1/completions"})
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CALLS = frozenset({CHAT, COMPLETIONS})
+TOKENIZER = frozenset({"/tokenize", "/detokenize"})
 
 
 class ScriptedBackend:
@@ -53,8 +61,11 @@ class ScriptedBackend:
         }
         self.drops_reused = False
         self.exchanges: list[Exchange] = []
-        self.connections: list[_Connection] = []
+        self.connections: list[Connection] = []
         self._queue: deque[Script | Reply] = deque()
+        self._conversations = Conversations()
+        self._cache = PrefixCache()
+        self._texts: dict[int, str] = dict(NAMES)
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -72,13 +83,19 @@ class ScriptedBackend:
         """Answer the next calls with these, in order."""
         self._queue.extend(answers)
 
+    @property
+    def chains(self) -> list[Chain]:
+        """The chains of all conversations, oldest first."""
+        return self._conversations.chains()
+
     def forget(self) -> None:
-        """Forget what was asked so far, e.g. by a probe at start-up."""
+        """Forget what was asked so far, e.g. by a probe at start-up; the prefix cache stays."""
         self.exchanges.clear()
+        self._conversations.clear()
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
+        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -101,15 +118,15 @@ class ScriptedBackend:
         return {**card, "root": name, "parent": None, "max_model_len": 4096}
 
     # -- called by connections
-    def answer(self, exchange: Exchange, connection: _Connection) -> None:
+    def answer(self, exchange: Exchange, connection: Connection) -> None:
         """Start answering one request."""
         self.exchanges.append(exchange)
         task = asyncio.get_running_loop().create_task(connection.play(exchange, self._answer_for(exchange)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _answer_for(self, exchange: Exchange) -> Script | Reply:
-        if exchange.path in self.routes or exchange.path not in CALLS | {"/tokenize"}:
+    def _answer_for(self, exchange: Exchange) -> Reply | Playing:
+        if exchange.path in self.routes or exchange.path not in CALLS | TOKENIZER:
             return self.routes.get(exchange.path, NOT_FOUND)
         try:
             request = exchange.json
@@ -117,167 +134,113 @@ class ScriptedBackend:
             return refusal(400, "1 validation error:\n  JSON decode error", "Bad Request", "body.1")
         if request.get("model") not in {self.name, None}:
             return refusal(404, f"The model `{request['model']}` does not exist.", "NotFoundError", "model")
-        if exchange.path == "/tokenize":
-            ids = prompt_ids(request)
-            return json_reply({"count": len(ids), "max_model_len": 4096, "tokens": ids, "token_strs": None})
+        return self._model_call(exchange, request)
+
+    def _model_call(self, exchange: Exchange, request: Json) -> Reply | Playing:
+        if exchange.path in TOKENIZER:
+            return self._tokenizer(exchange.path, request)
+        if not all(token.lstrip("-").isdigit() for token in request.get("logit_bias") or {}):
+            return refusal(400, "1 validation error:\n  int_parsing", "Bad Request", "body.logit_bias")
+        if exchange.path == COMPLETIONS and not is_text(request.get("prompt")):
+            return self._chain(exchange, request)
+        script = self._next(exchange)
+        if isinstance(script, Reply):
+            return script
+        playing = self._playing(exchange, request, script, script.model or self.model)
+        if exchange.path == CHAT:
+            self._remember_chat(exchange, request, script, playing[1])
+        return playing
+
+    def _remember_chat(self, exchange: Exchange, request: Json, script: Script, stream: Stream) -> None:
+        """Begin its conversation: completions calls may go on where a stream is cut."""
+        conversation = self._conversations.begin(stream.model.prompt_ids(request), "chat")
+        conversation.script = script
+        seed = request.get("seed")
+        for choice in exchange.choices:
+            chain = Chain(choice.index, None if seed is None else seed + choice.index, [exchange])
+            chain.sampled = choice.ids()
+            conversation.chains.append(chain)
+
+    def _next(self, exchange: Exchange) -> Script | Reply:
         chosen = self._queue.popleft() if self._queue else self.default
         return chosen(exchange) if callable(chosen) else chosen
 
+    def _next_model(self) -> Model:
+        """The model that will answer next: its template and its markers are those of the tokenizer."""
+        chosen = self._queue[0] if self._queue else self.default
+        return (chosen.model if isinstance(chosen, Script) else None) or self.model
 
-class _Connection(asyncio.Protocol):
-    """One connection of the gateway's."""
+    def _tokenizer(self, path: str, request: Json) -> Reply:
+        model = self._next_model()
+        if not model.tokenizes:
+            return NOT_FOUND
+        needed = "tokens" if path == "/detokenize" else "prompt" if "messages" not in request else "messages"
+        if needed not in request:
+            return refusal(400, "1 validation error:\n  Field required", "Bad Request", f"body.{needed}")
+        if path == "/detokenize":
+            return json_reply({"prompt": decode(request["tokens"], self._texts)})
+        self._learn(model.prompt_tokens(request))
+        ids = model.prompt_ids(request)
+        if needed == "messages":
+            self._conversations.begin(ids, path)
+        return json_reply({"count": len(ids), "max_model_len": 4096, "tokens": ids, "token_strs": None})
 
-    def __init__(self, backend: ScriptedBackend) -> None:
-        self._backend = backend
-        self._running: Exchange | None = None
-        self._served = 0
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self._reset()
+    def _learn(self, some: Iterable[Token]) -> None:
+        self._texts |= {token.id: token.text for token in some if token.text and token.id not in self._texts}
 
-    def _reset(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
-        self._path = b""
-        self._headers: dict[str, str] = {}
-        self._body = b""
+    def _chain(self, exchange: Exchange, request: Json) -> Reply | Playing:
+        """Answer a completions call whose prompt is token ids: the next call of some chain."""
+        prompts, seed = self.model.prompts_of(request), request.get("seed")
+        conversation, chain = self._conversations.find(prompts[0], seed, self._next_model())
+        if conversation.script is None:
+            chosen = self._next(exchange)
+            if isinstance(chosen, Reply):
+                return chosen
+            conversation.script = chosen
+        whole = conversation.script
+        model = whole.model or self.model
+        if not model.takes_ids:
+            return refusal(400, "1 validation error:\n  {'loc': 'body.prompt'}", "Bad Request", "body.prompt")
+        chain = chain or conversation.new_chain(seed)
+        exchange.choice, exchange.phase, exchange.base = chain.index, len(chain.calls), len(conversation.base)
+        chain.calls.append(exchange)
+        played = whole.for_call(exchange.phase, chain.index, exchange)
+        if isinstance(played, Reply):
+            return played
+        script = replace(played, say=whole.say, thinks=whole.thinks)
+        playing = self._playing(exchange, request, script, model, base=conversation.base)
+        chain.forced, chain.sampled = exchange.tail, exchange.choices[0].ids()
+        return playing
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # TCP gives a Transport
-        self.number = len(self._backend.connections)
-        self._backend.connections.append(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self._served and self._backend.drops_reused:
-            self._transport.close()
-            return
-        self._parser.feed_data(data)
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._writable.set()
-        if self._running is not None:
-            self._running.closed.set()
-
-    def on_url(self, url: bytes) -> None:
-        self._path += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode().lower()] = value.decode()
-
-    def on_body(self, body: bytes) -> None:
-        self._body += body
-
-    def on_message_complete(self) -> None:
-        self._served += 1
-        method = self._parser.get_method().decode()
-        path = self._path.decode().partition("?")[0]
-        self._running = Exchange(method, path, self._headers, self._body, self.number)
-        self._reset()
-        self._backend.answer(self._running, self)
-
-    def cut(self, how: Literal["close", "reset"]) -> None:
-        """Break the connection off, with FIN or with RST."""
-        if self._transport.is_closing():
-            return
-        sock = self._transport.get_extra_info("socket")
-        if how == "reset" and sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._transport.abort()
-        else:
-            self._transport.close()
-
-    async def play(self, exchange: Exchange, answer: Script | Reply) -> None:
-        """Write one answer to its end."""
-        if isinstance(answer, Reply):
-            finished = await self._reply(answer)
-        else:
-            finished = await self._script(exchange, answer)
-        if finished and not exchange.closed.is_set():
-            self._running = None
-            exchange.done.set()
-
-    async def _reply(self, reply: Reply) -> bool:
-        if reply.gate is not None:
-            await reply.gate.hold()
-        if reply.raw is not None:
-            self._transport.write(reply.raw)
-            self._transport.close()
-            return True
-        length = ("content-length", str(len(reply.body)))
-        self._head(reply.status, reply.content_type, [*reply.headers, length])
-        self._transport.write(reply.body)
-        return True
-
-    def _head(self, status: int, content_type: str, headers: Sequence[tuple[str, str]]) -> None:
-        lines = [f"HTTP/1.1 {status} Scripted", "server: uvicorn", f"content-type: {content_type}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        self._transport.write("\r\n".join([*lines, "", ""]).encode())
-
-    async def _script(self, exchange: Exchange, script: Script) -> bool:
-        stream = self._generate(exchange, script)
-        await _stand(script, -1)
-        if not exchange.json.get("stream"):
-            return await self._reply(Reply(body=dump(stream.body())))
-        self._head(200, "text/event-stream; charset=utf-8", [("transfer-encoding", "chunked")])
-        pending: list[bytes] = []
-        for number, one in enumerate(_replaced(stream.events(), script)):
-            if number == script.dies_after:
-                await self._write(b"".join(pending), script)
-                self.cut(script.dies_by)
-                return False
-            if number in script.gates:
-                await self._write(b"".join(pending), script)
-                pending.clear()
-                await script.gates[number].hold()
-            pending.append(one)
-            exchange.events_sent = number + 1
-            if len(pending) >= script.events_per_write:
-                await self._write(b"".join(pending), script)
-                pending.clear()
-        await self._write(b"".join(pending), script)
-        await _stand(script, END)
-        if self._transport.is_closing():
-            return False
-        self._transport.write(b"0\r\n\r\n")
-        return True
-
-    def _generate(self, exchange: Exchange, script: Script) -> Stream:
-        request, model = exchange.json, script.model or self._backend.model
-        thinks = wants_thinking(request) or not model.honours_off if script.thinks is None else script.thinks
-        choices = (request.get("n") or 1) * len(prompts_of(request))
-        say = [script.say[min(index, len(script.say) - 1)] for index in range(choices)]
-        exchange.choices = [model.generate(request, i, one, thinks=thinks) for i, one in enumerate(say)]
-        return Stream(
+    def _playing(
+        self, exchange: Exchange, request: Json, script: Script, model: Model, base: Sequence[int] = ()
+    ) -> Playing:
+        """Generate every choice of a call; `base`: the rendered prompt within its prompt ids, if it has some."""
+        for say in script.say:
+            self._learn((*say.thinking, *say.answer, *say.json, *say.reopens, *(t for more in say.again for t in more)))
+        if is_text(request.get("prompt")) or exchange.path == CHAT:
+            self._learn(model.prompt_tokens(request))
+        prompts = model.prompts_of(request)
+        per_prompt = request.get("n") or 1
+        for index in range(per_prompt * len(prompts)):
+            say = script.say[min(exchange.choice + index, len(script.say) - 1)]
+            if exchange.path == CHAT:
+                choice = model.generate(request, index, say, thinks=script.thinks)
+            else:
+                prompt = prompts[index // per_prompt]
+                cut = len(base) or len(prompt)
+                choice = model.play(request, index, say, prompt[:cut], prompt[cut:], thinks=script.thinks)
+            exchange.choices.append(choice)
+        exchange.cached = sum(map(self._cache.hits, prompts))
+        filling = [self._cache.fill(prompt) for prompt in prompts for _ in range(per_prompt)]
+        stream = Stream(
             model=model,
             request=request,
-            surface="chat" if exchange.path == "/v1/chat/completions" else "completions",
+            surface="chat" if exchange.path == CHAT else "completions",
             choices=exchange.choices,
-            call_id=f"chatcmpl-{len(self._backend.exchanges)}",
+            call_id=f"{'chatcmpl' if exchange.path == CHAT else 'cmpl'}-{len(self.exchanges)}",
             tokens_per_event=script.tokens_per_event,
+            cached=exchange.cached,
+            on_token=lambda choice, token: filling[choice].add(token),
         )
-
-    async def _write(self, data: bytes, script: Script) -> None:
-        size = script.bytes_per_write or len(data)
-        for start in range(0, len(data), size or 1):
-            piece = data[start : start + size]
-            if not self._transport.is_closing():
-                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            await asyncio.sleep(0)  # let the other side see the pieces apart
-            await self._writable.wait()
-
-
-async def _stand(script: Script, where: int) -> None:
-    if where in script.gates:
-        await script.gates[where].hold()
-
-
-def _replaced(events: Iterator[bytes], script: Script) -> Iterator[bytes]:
-    for number, one in enumerate(events):
-        chosen = script.replace.get(number, one)
-        if chosen is not None:
-            yield chosen.replace(b"\n", script.newline)
+        return script, stream

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tests.scripted_stream import Choice, Json, Model, Say, dump
@@ -38,7 +38,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """How one chat or completions call is answered.
+    """How one conversation is answered: a chat call, or one chain of completions calls per choice.
 
     Attributes:
         say: what the model would say, per choice; the last entry serves all further choices.
@@ -52,7 +52,13 @@ class Script:
         replace: events to send instead, or (None) to leave out, by their number.
         dies_after: break off after so many events.
         dies_by: `close` sends FIN in the middle of the chunked body, `reset` sends RST.
-        thinks: whether the model thinks; None: as the request's template switch says.
+        thinks: whether the model thinks; None: as its prompt and its habits say.
+        then: how the next call of a chain is played (its gates, events, deaths; `say`, `model`, `thinks` and
+            `seed` stay as they are here), a plain answer to it, or what chooses; None: like this one,
+            with no gates, nothing replaced and no death. A script's own `then` is for the call after that.
+        only: `gates`, `replace` and death are for this choice's chain; None: for every chain.
+        seed: of the first choice, if the chains' seeds are known: choice i has `seed + i`; None: the first
+            seed to arrive.
     """
 
     say: Sequence[Say] = (Say(),)
@@ -66,6 +72,24 @@ class Script:
     dies_after: int | None = None
     dies_by: Literal["close", "reset"] = "close"
     thinks: bool | None = None
+    then: Script | Reply | Callable[[Exchange], Script | Reply] | None = None
+    only: int | None = None
+    seed: int | None = None
+
+    def without_incidents(self) -> Script:
+        """The same, undisturbed."""
+        return replace(self, gates={}, replace={}, dies_after=None)
+
+    def for_call(self, number: int, choice: int, exchange: Exchange) -> Script | Reply:
+        """What plays call `number` (from 0) of the chain of a choice."""
+        script, played = self, None
+        for _ in range(number):
+            after = script.then
+            played = after(exchange) if callable(after) else after
+            script = played if isinstance(played, Script) else replace(script.without_incidents(), then=None)
+        if isinstance(played, Reply):
+            return played
+        return script if script.only in {None, choice} else script.without_incidents()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +126,10 @@ class Exchange:
         connection: number of the connection it came on, in order of arrival.
         events_sent: SSE events handed to the socket.
         choices: what was generated; all of it, sent or not.
+        choice: which choice of its conversation a completions call generates.
+        phase: how many calls that chain had before.
+        base: length of the rendered prompt in `prompt`; 0: its own prompt is text, or rendered here.
+        cached: prompt tokens that the prefix cache held.
         done: the answer was written to its end.
         closed: the peer closed the connection before that.
     """
@@ -113,6 +141,10 @@ class Exchange:
     connection: int
     events_sent: int = 0
     choices: list[Choice] = field(default_factory=list)
+    choice: int = 0
+    phase: int = 0
+    base: int = 0
+    cached: int = 0
     done: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -121,6 +153,11 @@ class Exchange:
         """The request body, decoded."""
         decoded: Json = json.loads(self.body)
         return decoded
+
+    @property
+    def tail(self) -> list[int]:
+        """The prompt ids behind the rendered prompt: what was generated and forced so far."""
+        return [int(token) for token in self.json["prompt"][self.base :]] if self.base else []
 
     async def wait_closed(self) -> None:
         """Until the peer has closed the connection under this exchange."""

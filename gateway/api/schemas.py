@@ -7,10 +7,11 @@ Owns: requests, derived from the structs that check them, so that the two cannot
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
+from gateway.enforcement import How
 from gateway.extension import EmbeddingReport, Report, UsageReport
 from gateway.request import GATEWAY_OWNED, MAX_DEPTH, ChatFields, CompletionFields, EmbeddingFields
 
@@ -95,7 +96,7 @@ def _refine(named: Json) -> None:
         report["cost_usd"]["minimum"] = 0
     cap = named["CapReport"]["properties"]
     cap["source"] = {"enum": ["request", "effort", "default", "mode"]}
-    cap["enforcement"] = {"enum": ["native", "switch", "none"]}
+    cap["enforcement"] = {"enum": list(get_args(How))}
     for name in ("TokenCounts", "Spent", "Usage", "PromptTokens", "CompletionTokens"):
         for field in named[name]["properties"].values():
             if field.get("type") == "integer":
@@ -139,7 +140,11 @@ EPOCH = {"type": "integer", "minimum": 0, "description": "Seconds since 1970."}
 FINISH = {"enum": FINISH_REASONS, "description": "A cap that was met and wrapped up well ends with `stop`."}
 FINISH_OR_NULL = {"enum": [*FINISH_REASONS, None]}
 REASONING = {
-    "reasoning": {**TEXT_OR_NULL, "description": "The thinking text, under the name the backend uses."},
+    "reasoning": {
+        **TEXT_OR_NULL,
+        "description": "The thinking text, or its summary if `reasoning.summary` asked for one, under the name the"
+        " backend uses.",
+    },
     "reasoning_content": {**TEXT_OR_NULL, "description": "The same under its older name."},
 }
 IDS = {"type": ["array", "null"], "items": INDEX, "description": "If `return_token_ids` asked for them."}

@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from gateway.backends.embedded_fields import read_call
-from gateway.backends.embedded_shapes import DeltaShaper
+from budget.chain import Forcing
+from gateway.backends.embedded_fields import read_call, read_segment
+from gateway.backends.embedded_shapes import DeltaShaper, SegmentShaper
 from gateway.backends.port import Call, Capabilities, Delta, Thinking
+from gateway.backends.segments import WAIT
+from gateway.backends.tool_text import tool_format_of
 from gateway.errors import GatewayError, InvalidRequest, Overloaded, UpstreamError
+from gateway.fields import thinking_on
 from kernels.errors import EngineClosed, KernelError, ModelUnusable, QueueFull, RequestRefused
 from kernels.params import Failed, Finished, Output
+from kernels.toolcalls import OPENING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from gateway.backends.port import Segment
     from gateway.config import ThinkingConfig
     from kernels.engine import Engine
-    from kernels.params import Event, GenerationRequest
+    from kernels.params import ChatInput, CompletionInput, Event, GenerationRequest, Json, Options
+    from kernels.tokens import Tokens
+
+    Read = Callable[[Json], tuple[ChatInput | CompletionInput, Options]]
+    Shaper = DeltaShaper | SegmentShaper
 
 PROBE_CAP = 4
 PROBE_MESSAGES = [{"role": "user", "content": "Think step by step: how much is 17 + 25?"}]
@@ -101,22 +112,62 @@ class EmbeddedBackend:
         await backend._ready()
         return backend
 
-    async def generate(self, call: Call) -> AsyncGenerator[list[Delta]]:
+    def generate(self, call: Call) -> AsyncGenerator[list[Delta]]:
         """Run `call`; closing the iterator frees the engine at the next token, or the place in the queue.
 
         Raises: InvalidRequest, Overloaded, UpstreamError.
         """
-        engine = self._engine
-        if engine is None:
-            raise Overloaded("The model is still being loaded: try again soon.", retry_after_s=5.0)
-        request = await asyncio.to_thread(self._compose, engine, call)
-        shaper = DeltaShaper(
-            call.surface,
-            engine.model.tokens.bytes_of,
-            [prompt.token_ids for prompt in request.prompts],
-            n=call.n,
-            wants_token_ids=call.wants_token_ids,
-        )
+
+        def shaper(engine: Engine, request: GenerationRequest) -> DeltaShaper:
+            return DeltaShaper(
+                call.surface,
+                engine.model.tokens.bytes_of,
+                [prompt.token_ids for prompt in request.prompts],
+                n=call.n,
+                wants_token_ids=call.wants_token_ids,
+            )
+
+        return self._stream(partial(read_call, call), shaper)
+
+    def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta]]:
+        """Sample on from `segment.prompt`, with no thinking rules; closing the iterator frees the engine as above.
+
+        A character whose first bytes the prompt ends with comes whole. Each segment queues anew.
+
+        Raises: as `generate`.
+        """
+
+        def shaper(engine: Engine, request: GenerationRequest) -> SegmentShaper:  # noqa: ARG001 - as generate's
+            return SegmentShaper(engine.model.tokens.bytes_of)
+
+        return self._stream(partial(read_segment, call, segment), shaper)
+
+    async def tokenize(self, call: Call) -> list[int]:
+        """The ids of a chat's messages and tools in the model's template, with every check `generate` makes.
+
+        A chain that the template itself does not open is not opened here: whoever continues the ids does it.
+
+        Raises: InvalidRequest, Overloaded.
+        """
+        assert call.surface == "chat"
+        unopened = msgspec.structs.replace(call, thinking=Thinking(enabled=False, cap=0))
+        request = await asyncio.to_thread(self._compose, self._loaded(), partial(read_call, unopened))
+        return list(request.prompts[0].token_ids)
+
+    async def marker_ids(self, text: str) -> list[int]:
+        """The ids of a marker, wrap-up or another short text of the configuration, with no special token added.
+
+        Raises: Overloaded.
+        """
+        return list(self._loaded().model.tokens.marker(text).ids)
+
+    async def _stream(
+        self, read: Read, shaper_of: Callable[[Engine, GenerationRequest], Shaper]
+    ) -> AsyncGenerator[list[Delta]]:
+        """Compose, submit and shape what comes of it."""
+        engine = self._loaded()
+        request = await asyncio.to_thread(self._compose, engine, read)
+        shaper = shaper_of(engine, request)
         async with aclosing(_events(engine, request)) as batches:
             async for events in batches:
                 deltas = [shaper.delta(event) for event in events if isinstance(event, Output)]
@@ -129,7 +180,7 @@ class EmbeddedBackend:
                     raise _as_gateway_error(last.error) from last.error
 
     async def probe(self) -> Capabilities:
-        """Load the model if that was not done, then measure with four short calls.
+        """Load the model if that was not done, then measure with short calls.
 
         Raises: UpstreamError when the model cannot be loaded or does not generate.
         """
@@ -151,6 +202,8 @@ class EmbeddedBackend:
             ids = next((delta.token_ids for delta in plain if delta.token_ids), [0])
             instant = await self._collect("chat", {**ask, **self._off()}, quiet, max_tokens=8)
             taken = await self._collect("completions", {"prompt": ids}, quiet, max_tokens=1)
+            rendered = await self._rendered({**ask, **self._on()})
+            taught = await self._rendered({**ask, **self._on(), "tools": [PROBE_TOOL]})
         except GatewayError as exc:
             raise UpstreamError(f"The embedded model does not generate: {exc.message}") from exc
         thought = sum(delta.thinking for delta in plain)
@@ -165,6 +218,10 @@ class EmbeddedBackend:
             tools=calls,
             instant_is_quiet=not any(delta.thinking for delta in instant) and any(d.text for d in instant),
             max_model_len=engine.model.max_len,
+            forcing=self._forcing(engine.model.tokens),
+            template_opens=rendered.rstrip().endswith(rules.start.rstrip()),
+            tool_format=tool_format_of(taught),
+            tool_opener=engine.model.tokens.marker(OPENING).single,
             detail={
                 "cap_binds": f"{thought} thinking tokens under a cap of {PROBE_CAP}",
                 "tools": "a required call came back" if calls else "no call came back",
@@ -179,10 +236,36 @@ class EmbeddedBackend:
             if self._engine is not None:
                 await asyncio.to_thread(self._engine.close)
 
+    def _forcing(self, tokens: Tokens) -> Forcing:
+        """What a chain of segments may have to force, as `generate` itself would."""
+        thinking = self._thinking
+        start, end = tokens.marker(thinking.start.strip()).single, tokens.marker(thinking.end).single
+        has_ids = start is not None and end is not None
+        return Forcing(
+            opening=tokens.marker(f"{thinking.start}\n").ids,
+            closing=tokens.marker(thinking.end).ids,
+            after=tokens.marker("" if thinking.native else "\n\n").ids,
+            wrap_up=tokens.marker(thinking.wrap_up).ids,
+            wait=tokens.marker(WAIT).ids,
+            # One without the other is of no use: a chain is followed by ids or by its text.
+            start_id=start if has_ids else None,
+            end_id=end if has_ids else None,
+        )
+
+    def _on(self) -> dict[str, object]:
+        """The fields that switch the model's own thinking on."""
+        return {"chat_template_kwargs": thinking_on(self._off())} if self._thinking.native else {}
+
     def _off(self) -> dict[str, object]:
         """The fields that switch the model's own thinking off."""
         off = getattr(self._thinking, "off", None)
         return dict(off) if isinstance(off, dict) else {}
+
+    def _loaded(self) -> Engine:
+        """The engine. Raises: Overloaded while there is none."""
+        if self._engine is None:
+            raise Overloaded("The model is still being loaded: try again soon.", retry_after_s=5.0)
+        return self._engine
 
     async def _ready(self) -> Engine:
         """The engine, loaded once. Raises: UpstreamError."""
@@ -209,10 +292,10 @@ class EmbeddedBackend:
         )
 
     @staticmethod
-    def _compose(engine: Engine, call: Call) -> GenerationRequest:
+    def _compose(engine: Engine, read: Read) -> GenerationRequest:
         """Fields to a request: renders and tokenises, so it runs off the event loop."""
         try:
-            return engine.compose(*read_call(call, engine.defaults))
+            return engine.compose(*read(engine.defaults))
         except RequestRefused as exc:
             raise _as_gateway_error(exc) from exc
         except RecursionError as exc:
@@ -222,7 +305,16 @@ class EmbeddedBackend:
         self, surface: str, fields: dict[str, object], thinking: Thinking, *, max_tokens: int
     ) -> list[Delta]:
         """All deltas of a probing call."""
-        call = Call(
+        call = self._probing(surface, fields, thinking, max_tokens=max_tokens)
+        return [delta async for deltas in self.generate(call) for delta in deltas]
+
+    async def _rendered(self, fields: dict[str, object]) -> str:
+        """The text of a probing chat's prompt."""
+        call = self._probing("chat", fields, Thinking(enabled=False, cap=0), max_tokens=1)
+        return self._loaded().model.tokens.decode(await self.tokenize(call))
+
+    def _probing(self, surface: str, fields: dict[str, object], thinking: Thinking, *, max_tokens: int) -> Call:
+        return Call(
             surface="chat" if surface == "chat" else "completions",
             request_id=f"probe-{self.id}",
             model=self._path,
@@ -230,7 +322,6 @@ class EmbeddedBackend:
             thinking=thinking,
             max_tokens=max_tokens,
         )
-        return [delta async for deltas in self.generate(call) for delta in deltas]
 
 
 def _say_nothing(line: str) -> None:

@@ -7,6 +7,7 @@ definition. Does not own: what needs the model, such as vocabulary and context w
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -26,7 +27,7 @@ from kernels.params import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gateway.backends.port import Call
+    from gateway.backends.port import Call, Segment
 
 # Fields of the call itself, which the gateway may leave among the client's.
 CONSUMED = frozenset({"model", "n", "return_token_ids", "stream", "stream_options"})
@@ -57,7 +58,6 @@ REFUSED: Mapping[str, tuple[tuple[bytes, ...], str]] = {
     "return_tokens_as_token_ids": ((b"false",), "use `return_token_ids`"),
     "spaces_between_special_tokens": ((b"true",), "leave it out"),
     "store": ((b"false",), "nothing is stored here"),
-    "structured_outputs": ((), "use `response_format`"),
     "suffix": ((b'""',), "leave it out"),
     "truncate_prompt_tokens": ((), "shorten the prompt yourself"),
     "use_beam_search": ((b"false",), "use `n` with a temperature"),
@@ -82,6 +82,15 @@ _Penalty = Annotated[float, Meta(ge=-2, le=2)] | None
 _JsonObject = dict[str, Any]
 
 
+class _StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's field; of its kinds the engine knows these."""
+
+    json: _JsonObject | str | None = None
+    json_object: bool | None = None
+    choice: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] | None = None
+    regex: str | None = None
+
+
 class _Common(msgspec.Struct, kw_only=True):
     """What chat and completions share. None is what clients send for "not set"."""
 
@@ -102,6 +111,7 @@ class _Common(msgspec.Struct, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     skip_special_tokens: bool | None = None
     response_format: _JsonObject | None = None
+    structured_outputs: _StructuredOutputs | None = None
 
 
 class _Function(msgspec.Struct):
@@ -141,6 +151,10 @@ class _Completion(_Common, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+class _Segment(_Common, kw_only=True):
+    """A segment has its prompt and its logprobs beside the fields."""
+
+
 def read_call(call: Call, defaults: Mapping[str, Any]) -> tuple[ChatInput | CompletionInput, Options]:
     """What the engine is asked.
 
@@ -160,9 +174,36 @@ def read_call(call: Call, defaults: Mapping[str, Any]) -> tuple[ChatInput | Comp
     given = CompletionInput(
         prompts=_prompts(fields),
         add_special_tokens=fields.add_special_tokens is not False,
-        response_schema=_schema(fields.response_format),
+        **_format(fields),
     )
     return given, _options(call, fields, defaults, fields.logprobs)
+
+
+def read_segment(call: Call, segment: Segment, defaults: Mapping[str, Any]) -> tuple[CompletionInput, Options]:
+    """What the engine is asked to go on with; nothing watches for thinking.
+
+    Args:
+        call: whose segment it is; only its id and priority count.
+        segment: ids, limits and fields. What its fields say about stopping comes on top.
+        defaults: as in `read_call`.
+
+    Raises: InvalidRequest naming the field.
+    """
+    if segment.max_tokens < 1:
+        raise InvalidRequest("`max_tokens` must be at least 1.", param="max_tokens")
+    fields = _decode(segment.fields, _Segment)
+    options = _options(call, fields, defaults, segment.top_logprobs)
+    asked = options.stopping
+    stopping = replace(
+        asked,
+        max_tokens=segment.max_tokens,
+        strings=(*segment.stop, *asked.strings),
+        token_ids=asked.token_ids.union(segment.stop_token_ids),
+        include=True,
+        silent_ids=frozenset(segment.stop_token_ids).union(() if asked.include else asked.token_ids),
+    )
+    given = CompletionInput(prompts=(tuple(segment.prompt),), **_format(fields))
+    return given, replace(options, n=1, stopping=stopping, thinking=ThinkingRules(native=False))
 
 
 def _decode(given: Mapping[str, msgspec.Raw], struct: type[_Fields]) -> _Fields:
@@ -246,7 +287,7 @@ def _chat_input(fields: _Chat) -> ChatInput:
         tool_choice=(choice.function.name,) if isinstance(choice, _NamedChoice) else choice or "auto",
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         template_kwargs=fields.chat_template_kwargs or {},
-        response_schema=_schema(fields.response_format),
+        **_format(fields),
     )
 
 
@@ -267,6 +308,39 @@ def _prompts(fields: _Completion) -> tuple[str | tuple[int, ...], ...]:
     if not prompts or len(texts) < len(prompts):
         raise InvalidRequest("`prompt` must be text, token ids, or a list of either.", param="prompt")
     return texts
+
+
+def _format(fields: _Common) -> _JsonObject:
+    """What the answer has to be, as the attributes of an AnswerFormat."""
+    asked = fields.structured_outputs
+    schema = _schema(fields.response_format)
+    if asked is None:
+        return {"response_schema": schema}
+    param = "structured_outputs"
+    if schema is not None:
+        message = f"`response_format` and `{param}` contradict each other: send one of them."
+        raise InvalidRequest(message, param=param)
+    given = [name for name, value in msgspec.structs.asdict(asked).items() if value not in (None, False)]
+    if len(given) != 1:
+        message = f"`{param}` must hold exactly one of json, json_object, choice, regex."
+        raise InvalidRequest(message, param=param)
+    return {
+        "response_schema": {"type": "object"} if asked.json_object else _parsed(asked.json),
+        "response_choices": tuple(asked.choice or ()),
+        "response_regex": asked.regex,
+        "response_param": f"{param}.{given[0]}",
+    }
+
+
+def _parsed(schema: _JsonObject | str | None) -> _JsonObject | None:
+    """A JSON Schema that may come as text."""
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return msgspec.json.decode(schema, type=_JsonObject)
+    except msgspec.DecodeError as exc:
+        param = "structured_outputs.json"
+        raise InvalidRequest(f"`{param}` is not a JSON object.", param=param) from exc
 
 
 def _schema(response_format: _JsonObject | None) -> _JsonObject | None:

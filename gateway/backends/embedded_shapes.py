@@ -1,6 +1,7 @@
 """The engine's outputs as the port's deltas.
 
-Owns: logprobs in the chat and the completions shape, tool-call deltas, and the numbers of the port.
+Owns: logprobs in the chat and the completions shape, tool-call deltas, and the numbers of the port. A
+segment's deltas have none of the latter: what its tokens count as is its caller's business.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class DeltaShaper:
         if output.calls:
             delta.tool_calls = [_call(part) for part in output.calls]
         if output.tokens and output.tokens[0].logprob is not None:
-            shape = self._chat_logprobs if self._surface == "chat" else self._completion_logprobs
-            delta.logprobs = shape(output)
+            is_chat = self._surface == "chat"
+            delta.logprobs = _chat_logprobs(output, self._bytes_of) if is_chat else self._completion_logprobs(output)
         if not self._told:
             delta.prompt_tokens = sum(map(len, self._prompts))
         prompt = output.index // self._n
@@ -85,29 +86,12 @@ class DeltaShaper:
         )
         return Delta(usage=usage)
 
-    def _chat_logprobs(self, output: Output) -> dict[str, Any]:
-        return {"content": [self._chat_entry(token) for token in output.tokens]}
-
-    def _chat_entry(self, token: Token) -> dict[str, Any]:
-        logprob = token.logprob
-        assert logprob is not None
-        top = [self._named(token_id, value) for token_id, value in logprob.top]
-        return {**self._named(token.id, logprob.chosen), "top_logprobs": top}
-
-    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
-        written = self._bytes_of(token_id)
-        return {
-            "token": written.decode("utf-8", "replace"),
-            "logprob": max(logprob, IMPOSSIBLE),
-            "bytes": list(written),
-        }
-
     def _completion_logprobs(self, output: Output) -> dict[str, Any]:
         names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
         shape: dict[str, list[Any]] = {name: [] for name in names}
         offset = self._offsets.get(output.index, 0)
         for token in output.tokens:
-            entry = self._chat_entry(token)
+            entry = _chat_entry(token, self._bytes_of)
             top = {each["token"]: each["logprob"] for each in entry["top_logprobs"]}
             shape["text_offset"].append(offset)
             shape["token_logprobs"].append(entry["logprob"])
@@ -117,6 +101,50 @@ class DeltaShaper:
             offset += len(entry["token"])
         self._offsets[output.index] = offset
         return shape
+
+
+class SegmentShaper:
+    """Shapes the outputs of one segment: text, ids, logprobs in chat shape, and why it ended.
+
+    Args:
+        bytes_of: all bytes of a token.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+
+    def delta(self, output: Output) -> Delta:
+        """One output."""
+        delta = Delta(
+            text=output.text,
+            token_ids=[token.id for token in output.tokens],
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+        )
+        if output.tokens and output.tokens[0].logprob is not None:
+            delta.logprobs = _chat_logprobs(output, self._bytes_of)
+        return delta
+
+    def last(self, finished: Finished) -> Delta:
+        """The end of the segment."""
+        prompt, completion = finished.prompt_tokens, finished.completion_tokens
+        return Delta(usage=Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=0))
+
+
+def _chat_logprobs(output: Output, bytes_of: Callable[[int], bytes]) -> dict[str, Any]:
+    return {"content": [_chat_entry(token, bytes_of) for token in output.tokens]}
+
+
+def _chat_entry(token: Token, bytes_of: Callable[[int], bytes]) -> dict[str, Any]:
+    logprob = token.logprob
+    assert logprob is not None
+    top = [_named(bytes_of(token_id), value) for token_id, value in logprob.top]
+    return {**_named(bytes_of(token.id), logprob.chosen), "top_logprobs": top}
+
+
+def _named(written: bytes, logprob: float) -> dict[str, Any]:
+    text = written.decode("utf-8", "replace")
+    return {"token": text, "logprob": max(logprob, IMPOSSIBLE), "bytes": list(written)}
 
 
 def _call(part: CallPart) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import msgspec
 
 from gateway.backends.events import EventSplitter
 from gateway.backends.http import Connection, Pool
-from gateway.backends.port import Call, Capabilities, Delta
+from gateway.backends.port import Call, Capabilities, Delta, Segment
 from gateway.backends.reader import MarkerIds, StreamReader
+from gateway.backends.segments import SegmentReader, segment_body, tokenize_body
 from gateway.errors import UpstreamError, UpstreamRejected
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 STREAM_INTERVAL_TOKENS = 16
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
+TraceHeaders = tuple[tuple[bytes, bytes], ...]
+
+
+class _Tokens(msgspec.Struct):
+    """The answer of /tokenize."""
+
+    tokens: list[int]
+
+
+_tokens_decoder = msgspec.json.Decoder(_Tokens)
 
 
 class HttpBackend:
@@ -54,14 +65,25 @@ class HttpBackend:
         self.capabilities = Capabilities()
         self.markers: MarkerIds | None = None
 
-    async def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+    def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
-        connection = await self._send(call, self._body(call, stream=True))
+        body = self._body(call, stream=True)
+        return self._stream(PATHS[call.surface], body, self._reader(call), call.trace_headers)
+
+    def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
+        """See the port."""
+        return self._stream(PATHS["completions"], segment_body(call, segment), SegmentReader(), call.trace_headers)
+
+    async def _stream(
+        self, path: str, body: bytes, reader: StreamReader | SegmentReader, trace: TraceHeaders
+    ) -> AsyncGenerator[list[Delta], None]:
+        """Deltas as `reader` reads them, and the usage."""
+        connection = await self.pool.send(path, body, extra_headers=trace)
         try:
             await self._check_status(connection)
             if not connection.content_type.startswith(b"text/event-stream"):
                 raise UpstreamError("The backend answered a stream with something else.")
-            splitter, reader = EventSplitter(), self._reader(call)
+            splitter = EventSplitter()
             while not reader.is_done:
                 data = await connection.read()
                 out: list[Delta] = []
@@ -82,19 +104,25 @@ class HttpBackend:
             connection.release()
         yield [Delta(usage=reader.usage)] if reader.usage is not None else []
 
-    async def complete(self, call: Call) -> bytes:
+    def complete(self, call: Call) -> Awaitable[bytes]:
         """The whole answer in one piece, as the backend's JSON. Raises: as `generate`."""
-        connection = await self._send(call, self._body(call, stream=False))
-        try:
-            await self._check_status(connection)
-            return await connection.read_all(MAX_ANSWER_BYTES)
-        finally:
-            connection.release()
+        return self._whole(PATHS[call.surface], self._body(call, stream=False), call.trace_headers)
 
-    async def embed(self, fields: dict[str, msgspec.Raw], trace: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    def embed(self, fields: dict[str, msgspec.Raw], trace: TraceHeaders) -> Awaitable[bytes]:
         """Pass an embedding request on. Raises: as `generate`."""
         body = msgspec.json.encode({**fields, "model": self.upstream_model})
-        connection = await self.pool.send(PATHS["embeddings"], body, extra_headers=trace)
+        return self._whole(PATHS["embeddings"], body, trace)
+
+    async def tokenize(self, call: Call) -> list[int]:
+        """See the port."""
+        answer = await self._whole("/tokenize", tokenize_body(call), call.trace_headers)
+        try:
+            return _tokens_decoder.decode(answer).tokens
+        except msgspec.DecodeError as exc:
+            raise UpstreamError("The backend answered /tokenize with something else than token ids.") from exc
+
+    async def _whole(self, path: str, body: bytes, trace: TraceHeaders) -> bytes:
+        connection = await self.pool.send(path, body, extra_headers=trace)
         try:
             await self._check_status(connection)
             return await connection.read_all(MAX_ANSWER_BYTES)
@@ -111,9 +139,6 @@ class HttpBackend:
     async def close(self) -> None:
         """Close every connection."""
         self.pool.close()
-
-    def _send(self, call: Call, body: bytes) -> Awaitable[Connection]:
-        return self.pool.send(PATHS[call.surface], body, extra_headers=call.trace_headers)
 
     async def _check_status(self, connection: Connection) -> None:
         status = connection.status

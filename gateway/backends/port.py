@@ -7,13 +7,14 @@ wire (HTTP for vLLM and OpenAI-compatible servers, a queue for the embedded engi
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
 import msgspec
 
+from budget.chain import Forcing
 from gateway.errors import InvalidRequest
 
 Surface = Literal["chat", "completions"]
@@ -37,6 +38,8 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
         end: closing marker, as text.
         wrap_up: forced before `end` when the cap ends the thinking, where the backend can.
         native: the model thinks by itself; False: the chain has to be prefilled with `start`.
+        answer_floor: tokens kept back for the answer.
+        min_tokens: thinking that ends earlier is made to go on, where ids allow that.
     """
 
     enabled: bool
@@ -45,6 +48,8 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
     end: str = "</think>"
     wrap_up: str = ""
     native: bool = True
+    answer_floor: int = 0
+    min_tokens: int = 0
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +82,26 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     is_live: bool = True
     wants_token_ids: bool = False
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of one choice: the model goes on from exact token ids (two-phase enforcement).
+
+    Attributes:
+        prompt: token ids the model reads: the rendered prompt and everything that came after it.
+        max_tokens: most tokens to sample.
+        fields: sampling fields of the completions API as JSON; `seed` is this choice's own.
+        stop_token_ids: sampling one of these ends the segment; it is the last of its token ids.
+        stop: texts that end it, included in its text.
+        top_logprobs: alternatives per token to report, 0 for none but the sampled one; None: no logprobs.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    fields: Mapping[str, msgspec.Raw]
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -151,6 +176,11 @@ class Capabilities:
         tools: takes tools.
         instant_is_quiet: with the no-think switch the model did not think, and its answer came as content.
         max_model_len: context window in tokens; None if it does not say.
+        forcing: texts to force, as token ids; None where a choice cannot be continued from exact ids.
+        template_opens: the prompt ends inside the thinking when thinking is on.
+        tool_format: how the model's template teaches it to call tools, see tool_text.py; None: unknown.
+        tool_opener: the token that begins a tool call, where it is one.
+        takes_effort: accepts `reasoning_effort`.
         detail: one remark per capability for `thinkgate check`, e.g. why something is unknown.
     """
 
@@ -163,6 +193,11 @@ class Capabilities:
     tools: bool | None = None
     instant_is_quiet: bool = False
     max_model_len: int | None = None
+    forcing: Forcing | None = None
+    template_opens: bool = False
+    tool_format: str | None = None
+    tool_opener: int | None = None
+    takes_effort: bool = False
     detail: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -176,6 +211,20 @@ class Backend(Protocol):
         """Run `call`; closing the iterator aborts it at the backend at once.
 
         Raises: UpstreamRejected, UpstreamError, DeadlinePassed, InvalidRequest.
+        """
+
+    async def tokenize(self, call: Call) -> list[int]:
+        """The prompt of a chat call as token ids, as the backend itself would render it.
+
+        Raises: UpstreamRejected, UpstreamError, InvalidRequest.
+        """
+
+    def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
+        """Sample on from `segment.prompt`: plain deltas of choice 0 with text, ids, logprobs in chat shape.
+
+        Kinds and counts are the caller's business. The last delta with tokens has `finish_reason` (`stop` or
+        `length`) and `stop_reason` (the id or text that stopped it); then comes one with `usage`, if known.
+        Raises: as `generate`.
         """
 
     async def probe(self) -> Capabilities:

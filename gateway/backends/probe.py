@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from budget.cap import ThinkingMeter
+from budget.chain import Forcing
 from gateway.backends.port import Capabilities
 from gateway.backends.reader import MarkerIds
+from gateway.backends.segments import WAIT
+from gateway.backends.tool_calls import OPENING
+from gateway.backends.tool_text import tool_format_of
 from gateway.errors import UpstreamError
 from gateway.fields import thinking_on
 
@@ -25,6 +29,7 @@ PROBE_MIN_TOKENS = 12
 PROBE_MAX_TOKENS = 24
 TIMEOUT_S = 60.0
 QUESTION = "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Think step by step."
+MESSAGES = [{"role": "user", "content": QUESTION}]
 TOOL = {
     "type": "function",
     "function": {
@@ -33,6 +38,17 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuing:
+    """What continuing from exact token ids takes; see Capabilities."""
+
+    ids_in: bool = False
+    forcing: Forcing | None = None
+    template_opens: bool = False
+    tool_format: str | None = None
+    tool_opener: int | None = None
 
 
 @dataclass(slots=True)
@@ -98,15 +114,70 @@ class _Prober:
         return MarkerIds(ids[0], ids[1])
 
     async def _single_token(self, text: str) -> int | None:
-        body = {"model": self._backend.upstream_model, "prompt": text, "add_special_tokens": False}
-        answer = await self.ask("POST", "/tokenize", body)
-        tokens = _list(answer.body.get("tokens"))
-        return tokens[0] if answer.status == 200 and len(tokens) == 1 and isinstance(tokens[0], int) else None
+        tokens = await self.tokens(prompt=text, add_special_tokens=False)
+        return tokens[0] if tokens is not None and len(tokens) == 1 else None
 
-    async def takes_ids(self, token_id: int) -> bool:
-        """Whether `/v1/completions` takes a prompt of token ids."""
-        body = {"model": self._backend.upstream_model, "prompt": [token_id], "max_tokens": 1}
-        return (await self.ask("POST", "/v1/completions", body)).status == 200
+    async def tokens(self, **what: object) -> list[int] | None:
+        """Ids of a text or of a rendered chat; None if the backend does not tell."""
+        answer = await self.ask("POST", "/tokenize", {"model": self._backend.upstream_model, **what})
+        tokens = answer.body.get("tokens")
+        is_list = answer.status == 200 and isinstance(tokens, list) and all(isinstance(t, int) for t in tokens)
+        return tokens if is_list else None
+
+    async def text(self, tokens: list[int]) -> str:
+        """The text of some ids; empty if the backend does not tell."""
+        answer = await self.ask("POST", "/detokenize", {"model": self._backend.upstream_model, "tokens": tokens})
+        return str(answer.body.get("prompt") or "") if answer.status == 200 else ""
+
+    async def ids_in_and_out(self, prompt: list[int]) -> tuple[bool, bool]:
+        """Whether `/v1/completions` takes a prompt of token ids, and whether it returns ids for it."""
+        body = {"model": self._backend.upstream_model, "prompt": prompt, "max_tokens": 1, "return_token_ids": True}
+        answer = await self.ask("POST", "/v1/completions", body)
+        return answer.status == 200, isinstance(answer.choice().get("token_ids"), list)
+
+    async def continuing(self, markers: MarkerIds | None) -> Continuing:
+        """Whether choices can be continued from exact token ids, and what may have to be forced then."""
+        thinking = self._backend.thinking
+        prompt = await self.chat_tokens()
+        if not prompt:
+            self.detail["two_phase"] = "does not render chats as token ids (/tokenize)"
+            return Continuing()
+        ids_in, ids_out = await self.ids_in_and_out(prompt)
+        if not (ids_in and ids_out):
+            self.detail["two_phase"] = "takes no token ids" if not ids_in else "returns no token ids"
+            return Continuing(ids_in=ids_in)
+        after = "" if thinking.native else "\n\n"
+        texts = (f"{thinking.start}\n", thinking.end, after, thinking.wrap_up, WAIT)
+        ids = [tuple(await self.tokens(prompt=text, add_special_tokens=False) or ()) if text else () for text in texts]
+        if not ids[0] or not ids[1]:
+            self.detail["two_phase"] = "does not tokenise the thinking markers"
+            return Continuing(ids_in=ids_in)
+        tail = await self.text(prompt[-12:])
+        with_tools = await self.chat_tokens(tools=[TOOL])
+        return Continuing(
+            ids_in=True,
+            forcing=Forcing(
+                opening=ids[0],
+                closing=ids[1],
+                after=ids[2],
+                wrap_up=ids[3],
+                wait=ids[4],
+                start_id=None if markers is None else markers.start,
+                end_id=None if markers is None else markers.end,
+            ),
+            template_opens=tail.rstrip().endswith(thinking.start.rstrip()),
+            tool_format=tool_format_of(await self.text(with_tools)) if with_tools else None,
+            tool_opener=await self._single_token(OPENING),
+        )
+
+    async def chat_tokens(self, **more: object) -> list[int] | None:
+        """Ids of the probing question, rendered for thinking."""
+        on = thinking_on(self._backend.thinking.off) if self._backend.thinking.native else {}
+        return await self.tokens(messages=MESSAGES, chat_template_kwargs=on, **more)
+
+    async def takes_effort(self) -> bool:
+        """Whether `reasoning_effort` is accepted."""
+        return (await self.chat(reasoning_effort="low", max_tokens=PROBE_CAP)).status == 200
 
     async def is_quiet(self, markers: MarkerIds | None) -> bool:
         """Whether the no-think switch is obeyed and the answer then lands in the content."""
@@ -120,7 +191,7 @@ class _Prober:
         """A short thinking call."""
         body: dict[str, Any] = {
             "model": self._backend.upstream_model,
-            "messages": [{"role": "user", "content": QUESTION}],
+            "messages": MESSAGES,
             "max_tokens": PROBE_MAX_TOKENS,
         }
         if self._backend.kind == "vllm":
@@ -163,18 +234,24 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
         else:
             prober.detail["cap"] = "an OpenAI-compatible server gives nothing to measure it by"
         quiet = await prober.is_quiet(markers)
+        continuing = await prober.continuing(markers) if is_vllm else Continuing()
         usage = free.body.get("usage")
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         return Capabilities(
             cap_binds=cap_binds if is_vllm else False,
             cap_binds_with_tools=cap_binds_with_tools,
             thinking_field=_thinking_field(free, backend),
-            token_ids_in=is_vllm and await prober.takes_ids(markers.end if markers is not None else 1),
+            token_ids_in=continuing.ids_in,
             token_ids_out=ids_out,
             cached_tokens=isinstance(details, dict) and details.get("cached_tokens") is not None,
             tools=tools,
             instant_is_quiet=quiet,
             max_model_len=max_len,
+            forcing=continuing.forcing,
+            template_opens=continuing.template_opens,
+            tool_format=continuing.tool_format,
+            tool_opener=continuing.tool_opener,
+            takes_effort=not is_vllm and await prober.takes_effort(),
             detail=prober.detail,
         ), markers
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from budget.errors import EnvelopeSpent
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.port import Delta
 from gateway.errors import DeadlinePassed, UpstreamError
+from gateway.modes.guard import Guard
 
 if TYPE_CHECKING:
     from budget.envelope import Envelope
@@ -25,6 +26,42 @@ if TYPE_CHECKING:
     from gateway.tally import Tally
 
 REPORT_EVERY_S = 0.5
+Batches = AsyncGenerator[list[Delta], None]
+
+
+@dataclass(slots=True)
+class Enforced:
+    """How the cap of one request was held, beyond counting.
+
+    Attributes:
+        how: `native`, `two_phase`, `soft`, `switch` or `none`.
+        ended_by: the bound that ended the thinking: `cap`, `total`, `usd` or `seconds`.
+        spent: the part of the envelope that a chain's answer used up.
+        overrun: thinking tokens beyond the cap of a call that was taken over.
+        waits: how often "Wait" was forced.
+        resent_tokens: prompt tokens of all segments after a choice's first.
+        resent_cached_tokens: those of them that the backend took from its prefix cache.
+        switches_s: gateway's time between two segments, each.
+    """
+
+    how: str = "native"
+    ended_by: str | None = None
+    spent: str | None = None
+    overrun: int = 0
+    waits: int = 0
+    resent_tokens: int = 0
+    resent_cached_tokens: int = 0
+    switches_s: list[float] = field(default_factory=list)
+
+
+class Enforcer(Protocol):
+    """How the cap is held on one slot; `gateway/modes/enforce.py` knows which."""
+
+    def begin(self, run: Run, slot: Slot) -> Batches:
+        """The call's deltas from a slot."""
+
+    def take_over(self, run: Run, slot: Slot) -> Batches:
+        """The lost choices, continued within the cap."""
 
 
 @dataclass(slots=True)
@@ -39,15 +76,19 @@ class Run:
         envelope: the request's own bounds.
         clock: monotonic seconds, as the envelope's deadline uses them.
         choices: how many are expected.
+        enforcer: how the cap is held; None: nothing thinks that should not.
+        slack: output tokens beyond `call.max_tokens` per choice that enforcement itself may waste.
         slot: the backend that serves it, once placed.
         ended_by: the bound that ended it early, or None.
-        overrun: thinking tokens a backend sent beyond the cap.
         finished: choices that have a finish_reason.
         reported_at_s: when the hold was last told.
         most_output: output tokens of all choices together that were asked for.
         is_bounded: the envelope bounds anything.
         counts: tokens by kind, once the books are closed.
         settled: the same in the ledger's units.
+        enforced: how the cap was held.
+        guard: watches that the cap is held, once there is something to watch.
+        is_cut: what is being read now is to be closed.
     """
 
     model: Model
@@ -57,20 +98,29 @@ class Run:
     envelope: Envelope
     clock: Callable[[], float]
     choices: int = 1
+    enforcer: Enforcer | None = None
+    slack: int = 0
     slot: Slot | None = None
     ended_by: str | None = None
-    overrun: int = 0
     finished: set[int] = field(default_factory=set)
     reported_at_s: float = 0.0
     most_output: int = field(init=False)
     is_bounded: bool = field(init=False)
     counts: TokenCounts | None = None
     settled: Amounts | None = None
+    enforced: Enforced = field(default_factory=Enforced)
+    guard: Guard | None = None
+    is_cut: bool = False
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
-        self.most_output = self.call.max_tokens * self.choices
+        self.most_output = (self.call.max_tokens + self.slack) * self.choices
         self.is_bounded = self.envelope.is_bounded()
+
+    @property
+    def overrun(self) -> int:
+        """Thinking tokens a backend sent beyond the cap."""
+        return self.enforced.overrun + (0 if self.guard is None else self.guard.overrun)
 
     def close_books(self) -> tuple[TokenCounts, Amounts]:
         """Final counts, reported to the hold; further calls return the same."""
@@ -78,7 +128,19 @@ class Run:
             self.counts = self.tally.counts()
             self.settled = self.tally.amounts(self.counts)
             self.hold.report(self.settled)
+            self.ended_by = self.ended_by or self.enforced.spent
         return self.counts, self.settled
+
+    def begin(self, slot: Slot) -> Batches:
+        """The call's deltas from a slot. Raises: InvalidRequest for what it cannot serve under a cap."""
+        return slot.backend.generate(self.call) if self.enforcer is None else self.enforcer.begin(self, slot)
+
+    def go_on(self, slot: Slot) -> Batches | None:
+        """Where lost choices go on, after a call that was cut for them; None when there is nothing more to read."""
+        if self.ended_by is not None or self.guard is None or not self.guard.is_lost() or self.enforcer is None:
+            return None
+        self.is_cut = False
+        return self.enforcer.take_over(self, slot)
 
     def take(self, deltas: list[Delta]) -> list[Delta]:
         """Count what arrived; what of it may be delivered, and every finish once a bound is met.
@@ -89,22 +151,33 @@ class Run:
         tally, cap = self.tally, self.call.thinking.cap
         deltas = self._count(deltas)
         if cap is not None and tally.most_thinking > cap:
-            tally.capped = True
-            return [*self._within(deltas, cap), *self.end("cap")]
+            guard = self.guard = self.guard or Guard(tally, self.finished, self.choices)
+            deltas = guard.within(deltas, cap)
+            if not guard.can_take_over():
+                tally.capped = True
+                return [*deltas, *self.end("cap")]
+            self.is_cut = guard.is_lost()
         now_s = self.clock()
-        spent = None
         if self.is_bounded or tally.output() > self.most_output:
             spent = self._spent(now_s)
-        if spent == "hold" and len(self.finished) == self.choices:
-            self.ended_by = spent  # it goes on after its end: nobody listens any more
-        elif spent is not None and len(self.finished) < self.choices:
-            if spent == "envelope.seconds" and not tally.output():
-                raise DeadlinePassed("The envelope's seconds passed before the first token.")
-            return [*deltas, *self.end(spent)]
+            if spent is not None:
+                return self._end_spent(deltas, spent)
+        if self.guard is not None:
+            self.guard.remember(deltas)
         if now_s - self.reported_at_s > REPORT_EVERY_S:
             self.reported_at_s = now_s
             self.hold.report(tally.amounts(tally.counts()))
         return deltas
+
+    def _end_spent(self, deltas: list[Delta], spent: str) -> list[Delta]:
+        """The last deltas of a call whose bound is met."""
+        if len(self.finished) == self.choices:
+            if spent == "hold":
+                self.end(spent)  # it goes on after its end: nobody listens any more
+            return deltas
+        if spent == "envelope.seconds" and not self.tally.output():
+            raise DeadlinePassed("The envelope's seconds passed before the first token.")
+        return [*deltas, *self.end(spent)]
 
     def _count(self, deltas: list[Delta]) -> list[Delta]:
         """Count what arrived; what comes for a choice after its finish is wasted and dropped."""
@@ -134,26 +207,9 @@ class Run:
             return f"envelope.{exc.part}"
         return None
 
-    def _within(self, deltas: list[Delta], cap: int) -> list[Delta]:
-        """Deltas up to the cap; the thinking of one that goes beyond is moved to `wasted`: it reaches no client."""
-        used = dict(self.tally.thinking_by_choice)
-        for delta in deltas:
-            used[delta.index] = used.get(delta.index, 0) - delta.thinking
-        kept = []
-        for delta in deltas:
-            before = used[delta.index]
-            used[delta.index] += delta.thinking
-            if delta.thinking and used[delta.index] > cap:
-                self.overrun += used[delta.index] - max(cap, before)
-                self.tally.waste(delta)
-                self.finished.discard(delta.index)
-            else:
-                kept.append(delta)
-        return kept
-
     def end(self, why: str) -> list[Delta]:
         """The finish of every choice that has none yet: cut short."""
-        self.ended_by = why
+        self.ended_by, self.is_cut = why, True
         unfinished = [i for i in range(self.choices) if i not in self.finished]
         self.finished.update(unfinished)
         return [Delta(index=i, finish_reason="length") for i in unfinished]
@@ -169,16 +225,19 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     is_done = False
     while not is_done:
         slot = run.slot = run.model.choose(without=tried)
-        with slot as backend:
+        with slot:
             try:
-                async with aclosing(backend.generate(run.call)) as batches:
-                    async for deltas in batches:
-                        yield run.take(deltas)
-                        if run.ended_by is not None:
-                            return
+                source: Batches | None = run.begin(slot)
+                while source is not None:
+                    async with aclosing(source) as batches:
+                        async for deltas in batches:
+                            yield run.take(deltas)
+                            if run.is_cut:
+                                break
+                    source = run.go_on(slot)
                 is_done = True
             except UpstreamUnreachable as exc:
                 slot.mark_down(exc.message)
                 tried.append(slot)
-    if len(run.finished) < run.choices:
+    if run.ended_by is None and len(run.finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")

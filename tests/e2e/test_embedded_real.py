@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from gateway.backends.embedded import EmbeddedBackend
-from gateway.backends.port import Call, Kind, Thinking
+from gateway.backends.port import Call, Kind, Segment, Thinking
+from kernels.engine import Engine
 from kernels.weights import build_smollm2
 
 MODELS = Path(__file__).parents[2] / ".cache/models"
@@ -56,6 +57,17 @@ async def thinking():
     """A backend over the variant whose template opens a chain and whose markers are single tokens."""
     folder = model_folder("smollm2-135m-thinking", thinking=True)
     backend = await EmbeddedBackend.load(id="thinking", path=str(folder), on_progress=print)
+    yield backend
+    await backend.close()
+
+
+@pytest.fixture(scope="module")
+async def precise():
+    """The thinking variant in float32: in bfloat16 reading a chain at once and token by token round apart."""
+    folder = model_folder("smollm2-135m-thinking", thinking=True)
+    engine = Engine.load(str(folder), say=print)
+    engine.model.network._module.float()
+    backend = EmbeddedBackend(id="precise", path=str(folder), engine=engine)
     yield backend
     await backend.close()
 
@@ -201,3 +213,58 @@ async def test_the_probe_measures_the_real_thing(instruct, thinking):
         assert capabilities.tools
         assert capabilities.instant_is_quiet
         assert capabilities.max_model_len == 8192
+
+
+def chat(*, cap=0, enabled=False, native=True, max_tokens=96, **fields):
+    """A greedy chat, as the gateway hands it to the backend."""
+    given = {"messages": STORY, "temperature": 0, **fields}
+    return Call(
+        surface="chat",
+        request_id="real",
+        model="smollm2",
+        fields={name: msgspec.Raw(msgspec.json.encode(value)) for name, value in given.items()},
+        thinking=Thinking(enabled=enabled, cap=cap, wrap_up=WRAP_UP, native=native),
+        max_tokens=max_tokens,
+    )
+
+
+async def extend(backend, prompt, max_tokens, *, stop_token_ids=(), **fields):
+    """Text, ids and stop reason of a greedy segment, whose usage has to agree."""
+    given = {"temperature": 0, **fields}
+    segment = Segment(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        fields={name: msgspec.Raw(msgspec.json.encode(value)) for name, value in given.items()},
+        stop_token_ids=stop_token_ids,
+    )
+    *body, last = [delta async for deltas in backend.extend(chat(), segment) for delta in deltas]
+    ids = [i for delta in body for i in delta.token_ids]
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(prompt), len(ids))
+    return "".join(delta.text for delta in body), ids, body[-1].stop_reason
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 23, 40])
+async def test_a_chain_cut_and_continued_equals_the_uninterrupted_one(precise, k):
+    """Greedy, a chain that goes on from the exact ids of its first k tokens is the chain that was never cut."""
+    prompt = await precise.tokenize(chat())
+    text, ids, _ = await extend(precise, prompt, 48, ignore_eos=True)
+    first, begun, _ = await extend(precise, prompt, k, ignore_eos=True)
+    rest, followed, _ = await extend(precise, [*prompt, *begun], 48 - k, ignore_eos=True)
+    assert begun + followed == ids
+    assert first + rest == text
+
+
+async def test_two_segments_are_what_the_engine_makes_of_a_cap(precise):
+    """Cut at the cap, wrapped up and closed by ids, a chain is the one that the engine's own cap gives."""
+    cap, end = 20, 16
+    bias = {"logit_bias": {"2": -100}}
+    call = msgspec.structs.replace(chat(cap=cap, enabled=True, max_tokens=60, **bias), wants_token_ids=True)
+    own = Answer([delta async for deltas in precise.generate(call) for delta in deltas])
+    prompt = await precise.tokenize(call)
+    assert prompt == own.deltas[0].prompt_token_ids
+    thought, ids, stopped_by = await extend(precise, prompt, cap, stop_token_ids=(end,), **bias)
+    assert (len(ids), stopped_by, thought + WRAP_UP) == (cap, None, own.thought)
+    closing = [*await precise.marker_ids(WRAP_UP), end]
+    answer, answered, _ = await extend(precise, [*prompt, *ids, *closing], 60 - cap - len(closing), **bias)
+    assert [*ids, *closing, *answered] == own.ids
+    assert answer.lstrip("\n") == own.text

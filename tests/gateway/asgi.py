@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.app import Gateway
-from gateway.backends.port import Call, Capabilities, Delta, Kind, Usage
+from gateway.backends.port import Call, Capabilities, Delta, Kind, Segment, Usage
 from gateway.config import Config
 from tests.gateway.still import HOLDS_CAPS
 
@@ -45,6 +45,14 @@ class Echo:
         yield [Delta(prompt_tokens=9, text="hm", kind=Kind.THINKING, thinking=1, token_ids=[7])]
         yield [Delta(text=str(asked), answer=2, injected=1, token_ids=[16, 8, 2], finish_reason="stop", capped=True)]
         yield [Delta(usage=Usage(prompt_tokens=9, completion_tokens=4))]
+
+    async def tokenize(self, call: Call) -> list[int]:
+        """See the port: a token per byte of the messages."""
+        return list(bytes(call.fields["messages"]))
+
+    async def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
+        """See the port."""
+        yield [Delta(text="so", token_ids=[8, 2], finish_reason="stop")]
 
     async def probe(self) -> Capabilities:
         """See the port."""

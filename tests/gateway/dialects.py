@@ -13,6 +13,7 @@ from gateway.request import parse_chat, parse_completion
 from gateway.resolve import Ask, resolve_chat, resolve_completion
 
 Json = dict[str, Any]
+SUMMARIES = ("auto", "concise", "detailed")
 EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -116,11 +117,21 @@ def on_statements() -> list[Says]:
     return [
         Says("model", {"suffix": "reasoning"}, True),
         Says("thinkgate.mode", {"thinkgate": {"mode": "reasoning"}}, True),
+        Says("thinkgate.min_thinking_tokens", {"thinkgate": {"min_thinking_tokens": 50}}, True),
         Says("reasoning.enabled", {"reasoning": {"enabled": True}}, True),
         Says("thinking.type", {"thinking": {"type": "enabled"}}, True),
         Says("enable_thinking", {"enable_thinking": True}, True),
         Says("chat_template_kwargs.enable_thinking", {"chat_template_kwargs": {"enable_thinking": True}}, True),
         Says("chat_template_kwargs.thinking", {"chat_template_kwargs": {"thinking": True}}, True),
+    ]
+
+
+def visibility_statements(hidden: bool) -> list[tuple[str, Json]]:
+    """Every way to say that the thinking text is hidden, or shown in full: the field, and what the client sends."""
+    return [
+        ("reasoning.exclude", {"reasoning": {"exclude": hidden}}),
+        ("include_reasoning", {"include_reasoning": not hidden}),
+        ("thinking_config.include_thoughts", {"thinking_config": {"include_thoughts": not hidden}}),
     ]
 
 

@@ -5,13 +5,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.backends.embedded_fields import CONSUMED, NO_EFFECT, REFUSED, read_call
-from gateway.backends.port import Call, Thinking
+from gateway.backends.embedded_fields import CONSUMED, NO_EFFECT, REFUSED, read_call, read_segment
+from gateway.backends.port import Call, Segment, Thinking
 from gateway.errors import InvalidRequest
 from kernels.params import ChatInput, CompletionInput, Sampling, Stopping, ThinkingRules
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def raw(fields):
+    return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
 
 
 def call(surface="chat", **fields):
@@ -21,7 +25,7 @@ def call(surface="chat", **fields):
         surface=surface,
         request_id="r",
         model="m",
-        fields={name: msgspec.Raw(msgspec.json.encode(value)) for name, value in given.items()},
+        fields=raw(given),
         thinking=Thinking(enabled=True, cap=7, start="<a>", end="</a>", wrap_up="w", native=False),
         max_tokens=9,
         n=2,
@@ -33,6 +37,17 @@ def refusal(asked):
     with pytest.raises(InvalidRequest) as refused:
         read_call(asked, {})
     return refused.value
+
+
+def segment(*, prompt=(5, 6), max_tokens=3, stop_token_ids=(), stop=(), top_logprobs=None, **fields):
+    return Segment(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        fields=raw(fields),
+        stop_token_ids=stop_token_ids,
+        stop=stop,
+        top_logprobs=top_logprobs,
+    )
 
 
 def test_everything_the_engine_honours_reaches_it():
@@ -146,6 +161,13 @@ def test_fields_without_effect_pass(name):
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": True}}}, "response_format"),
         ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: a"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "[1]"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(fields, param):
@@ -215,3 +237,63 @@ def test_prompts_are_texts_or_token_ids(prompt, prompts):
 def test_a_prompt_that_is_neither_is_refused(prompt):
     """Mixtures and numbers are no prompts."""
     assert str(refusal(call("completions", prompt=prompt)).param).startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    ("asked", "format_"),
+    [
+        ({"json": {"type": "array"}}, ({"type": "array"}, (), None, "structured_outputs.json")),
+        ({"json": '{"type": "array"}'}, ({"type": "array"}, (), None, "structured_outputs.json")),
+        ({"json_object": True}, ({"type": "object"}, (), None, "structured_outputs.json_object")),
+        ({"choice": ["a", "b"], "regex": None}, (None, ("a", "b"), None, "structured_outputs.choice")),
+        ({"regex": "a+"}, (None, (), "a+", "structured_outputs.regex")),
+    ],
+)
+@pytest.mark.parametrize("surface", ["chat", "completions"])
+def test_structured_outputs_become_answer_formats(surface, asked, format_):
+    """The field of vLLM says the same as response_format and more, and its kinds are named in refusals."""
+    given, _ = read_call(call(surface, structured_outputs=asked), {})
+    found = (given.response_schema, given.response_choices, given.response_regex, given.response_param)
+    assert found == format_
+
+
+def test_a_segment_goes_on_from_ids_without_thinking_rules():
+    """Its own ids, limit and logprobs count, once, at the call's priority, with the model's defaults."""
+    asked = segment(top_logprobs=4, seed=9, top_p=0.5, n=7, structured_outputs={"choice": ["a"]})
+    given, options = read_segment(call(), asked, {"temperature": 0.3})
+    assert given == CompletionInput(
+        prompts=((5, 6),), response_choices=("a",), response_param="structured_outputs.choice"
+    )
+    assert options.sampling == Sampling(temperature=0.3, top_p=0.5, seed=9, logprobs=4)
+    assert (options.n, options.priority, options.request_id) == (1, -3, "r")
+    assert options.stopping == Stopping(max_tokens=3, include=True)
+    assert options.thinking == ThinkingRules(native=False)
+
+
+@pytest.mark.parametrize(("keeps", "silent"), [(None, {1, 2, 3}), (False, {1, 2, 3}), (True, {1, 2})])
+def test_a_segment_stops_at_its_own_stops_and_at_the_fields(keeps, silent):
+    """Stop texts are kept, and the text of a stop token is kept only if it is the client's and it wants it."""
+    fields = {"stop": ["y"], "stop_token_ids": [2, 3], "include_stop_str_in_output": keeps}
+    asked = msgspec.structs.replace(segment(stop_token_ids=(1, 2), stop=("x",)), fields=raw(fields))
+    _, options = read_segment(call(), asked, {})
+    stopping = options.stopping
+    assert (stopping.strings, stopping.include) == (("x", "y"), True)
+    assert stopping.token_ids == {1, 2, 3}
+    assert stopping.silent_ids == silent
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "code"),
+    [
+        (segment(frobnicate=1), "frobnicate", "unknown_parameter"),
+        (segment(messages=HI), "messages", "unknown_parameter"),
+        (segment(bad_words=["x"]), "bad_words", "unsupported_parameter"),
+        (segment(temperature=-1), "temperature", "invalid_value"),
+        (segment(max_tokens=0), "max_tokens", "invalid_value"),
+    ],
+)
+def test_a_segment_with_what_cannot_be_honoured_is_refused_by_name(asked, param, code):
+    """Nothing in a segment is accepted and ignored either."""
+    with pytest.raises(InvalidRequest) as refused:
+        read_segment(call(), asked, {})
+    assert (refused.value.param, refused.value.code) == (param, code)

@@ -16,10 +16,11 @@ from budget.ledger import Amounts
 from budget.tokens import TokenCounts
 from gateway.metrics import KINDS, SECONDS, HistogramCells, Metrics
 from gateway.models import Model
+from gateway.modes.flow import Enforced
 from tests.gateway.asgi import ask, gateway_of
 from tests.gateway.still import CHAT, config_of, models_of
 
-LABELS = {"route", "model", "mode", "status", "code", "backend", "kind", "outcome", "le"}
+LABELS = {"route", "model", "mode", "status", "code", "backend", "kind", "outcome", "le", "how", "cached"}
 
 
 def metrics(models: dict[str, Model] | None = None) -> Metrics:
@@ -54,6 +55,7 @@ def full() -> Metrics:
     counted.used("qwen", "reasoning", TokenCounts(**{kind: 2**i for i, kind in enumerate(KINDS)}), 99)
     counted.capped("qwen")
     counted.overrun("qwen", "a")
+    counted.enforced("qwen", Enforced("two_phase", resent_tokens=70, resent_cached_tokens=64, switches_s=[0.0002]))
     counted.refusals.add("rate")
     counted.disconnects.add("/v1/chat/completions")
     counted.unreported.add("qwen")
@@ -87,6 +89,9 @@ def test_counters_count() -> None:
     assert value(counted, "thinkgate_requests_total", **chat, status="200") == 2
     assert value(counted, "thinkgate_cost_nano_usd_total", model="qwen") == 99
     assert value(counted, "thinkgate_capped_total", model="qwen") == 1
+    assert value(counted, "thinkgate_enforced_total", model="qwen", how="two_phase") == 1
+    assert value(counted, "thinkgate_resent_tokens_total", model="qwen", cached="yes") == 64
+    assert value(counted, "thinkgate_resent_tokens_total", model="qwen", cached="no") == 6
     assert value(counted, "thinkgate_cap_overruns_total", model="qwen", backend="a") == 1
     assert value(counted, "thinkgate_refusals_total", code="rate") == 1
     assert value(counted, "thinkgate_config_reloads_total", outcome="accepted") == 1

@@ -46,6 +46,7 @@ LEAST: dict[str, Json] = {
 VALUES: list[Any] = [None, True, False, -2, -1, 0, 1, 3, 21, 101, 2**31, 2**63, 0.5, -0.5, 2.5, 1001.0, "", "x", "auto"]
 VALUES += ["none", "high", "priority", [], ["a"], ["a"] * 17, [1], [-1], [[1]], [{}], {}, {"a": 1}, {"1": 101}]
 VALUES += [{"type": "enabled"}, {"effort": "low"}, {"include_usage": True}, {"mode": "instant"}]
+VALUES += [{"summary": "concise"}, {"summary": "long"}, {"min_thinking_tokens": 0}, {"min_thinking_tokens": -1}]
 VALUES += [
     {"envelope": {"usd": 0}},
     {"x": 1},

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from budget.cap import MARKER_ALLOWANCE_TOKENS
+from budget.chain import Forcing
 from gateway.backends.port import Capabilities, Surface
 from gateway.errors import GatewayError, ModelNotFound, PermissionDenied
 from tests.gateway.still import CHAT, Json, config_of, key, prepared, sent
@@ -15,6 +16,11 @@ IGNORES_CAPS = Capabilities(cap_binds=False, detail={"cap": "ignored: 9 thinking
 BREAKS_WITH_TOOLS = Capabilities(
     cap_binds=True, cap_binds_with_tools=False, detail={"cap": "4 of 4 tokens used", "cap + tools": "ignored"}
 )
+FORCING = Forcing(opening=(15, 9), closing=(16,), wrap_up=(7, 8, 9, 10), start_id=15, end_id=16)
+ONLY_NATIVE = config_of(
+    {"thinking": {"default_tokens": 500, "max_tokens": 1000, "answer_floor_tokens": 50, "enforce": "native"}}
+)
+TAKES_IDS = Capabilities(cap_binds=False, forcing=FORCING, instant_is_quiet=True)
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
@@ -119,7 +125,7 @@ def test_minus_one_is_the_most_that_is_allowed(field: str) -> None:
 
 def test_a_named_cap_is_refused_where_no_backend_holds_one() -> None:
     """Better an error than a promise: the message says what was measured."""
-    error = refused({"thinkgate": {"thinking_tokens": 5}}, capabilities=IGNORES_CAPS)
+    error = refused({"thinkgate": {"thinking_tokens": 5}}, config=ONLY_NATIVE, capabilities=IGNORES_CAPS)
     assert (error.code, error.param) == ("cap_not_enforceable", "thinkgate.thinking_tokens")
     assert "ignored: 9 thinking tokens under a cap of 4" in error.message
 
@@ -129,7 +135,7 @@ def test_a_named_cap_is_refused_where_no_backend_holds_one() -> None:
 )
 def test_other_caps_go_without_enforcement_where_no_backend_holds_one(fields: Json) -> None:
     """Defaults, efforts and -1 name no number: they run uncapped, hold all their output, and the report says so."""
-    request = prepared(fields, capabilities=IGNORES_CAPS)
+    request = prepared(fields, config=ONLY_NATIVE, capabilities=IGNORES_CAPS)
     assert (request.cap.tokens, request.cap.enforcement) == (None, "none")
     assert request.call.thinking.cap is None
     assert request.ceiling.thinking_tokens == request.call.max_tokens
@@ -137,13 +143,41 @@ def test_other_caps_go_without_enforcement_where_no_backend_holds_one(fields: Js
 
 def test_a_cap_that_breaks_with_tools_binds_only_without_them() -> None:
     """What was measured with tools counts for requests with tools."""
-    assert prepared({"thinking_token_budget": 5}, capabilities=BREAKS_WITH_TOOLS).cap.enforcement == "native"
+    config = ONLY_NATIVE
+    plain = prepared({"thinking_token_budget": 5}, config=config, capabilities=BREAKS_WITH_TOOLS)
+    assert plain.cap.enforcement == "native"
     for nothing in (None, list[object]()):
-        request = prepared({"thinking_token_budget": 5, "tools": nothing}, capabilities=BREAKS_WITH_TOOLS)
-        assert request.cap.enforcement == "native"
-    error = refused({"thinking_token_budget": 5, "tools": TOOLS}, capabilities=BREAKS_WITH_TOOLS)
+        body: Json = {"thinking_token_budget": 5, "tools": nothing}
+        assert prepared(body, config=config, capabilities=BREAKS_WITH_TOOLS).cap.enforcement == "native"
+    body = {"thinking_token_budget": 5, "tools": TOOLS}
+    error = refused(body, config=config, capabilities=BREAKS_WITH_TOOLS)
     assert error.code == "cap_not_enforceable"
-    assert "(ignored)" in error.message
+    assert "(ignored" in error.message
+
+
+def test_a_cap_is_held_from_token_ids_where_the_backend_does_not_hold_it() -> None:
+    """Two-phase enforcement keeps room for ending the thinking, and holds what a chain may waste on top."""
+    request = prepared({"thinking_token_budget": 60, "max_tokens": 150}, capabilities=TAKES_IDS)
+    assert (request.cap.tokens, request.cap.enforcement) == (60, "two_phase")
+    assert request.slack == FORCING.most_wasted()
+    assert request.call.thinking.answer_floor == 50
+    native = prepared({"thinking_token_budget": 60, "max_tokens": 150})
+    assert request.ceiling.tokens == native.ceiling.tokens + request.slack
+    error = refused({"thinking_token_budget": 96, "max_tokens": 150}, capabilities=TAKES_IDS)
+    assert "the most that fits is 93" in error.message
+    assert "50 kept for the answer and 7 for ending the thinking" in error.message
+
+
+def test_a_least_of_thinking_needs_token_ids() -> None:
+    """`min_thinking_tokens` is refused by name where no chain can be continued, or above what may be thought."""
+    body = {"thinkgate": {"min_thinking_tokens": 20}}
+    assert prepared(body, capabilities=TAKES_IDS).call.thinking.min_tokens == 20
+    assert prepared(body, capabilities=TAKES_IDS).cap.enforcement == "two_phase"
+    error = refused(body)
+    assert (error.code, error.param) == ("cap_not_enforceable", "thinkgate.min_thinking_tokens")
+    error = refused({"thinkgate": {"min_thinking_tokens": 600}}, capabilities=TAKES_IDS)
+    assert (error.code, error.param) == ("thinking_budget_too_high", "thinkgate.min_thinking_tokens")
+    assert "500" in error.message
 
 
 def test_while_every_backend_is_down_the_request_is_prepared_all_the_same() -> None:

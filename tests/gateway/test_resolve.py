@@ -14,6 +14,7 @@ from tests.gateway.dialects import (
     ALL_ON,
     EFFORTS,
     EVERYTHING,
+    SUMMARIES,
     Json,
     Says,
     cap_statements,
@@ -24,6 +25,7 @@ from tests.gateway.dialects import (
     on_statements,
     refused,
     same_place,
+    visibility_statements,
 )
 
 # --------------------------------------------------------------------------------- one dialect at a time
@@ -72,6 +74,8 @@ def test_every_dialect_can_switch_thinking_on(says: Says) -> None:
         {"thinkgate": None},
         {"reasoning": {}},
         {"reasoning": {"exclude": True}},
+        {"reasoning": {"summary": "detailed"}},
+        {"thinkgate": {"min_thinking_tokens": 0}},
         {"thinking_config": {"thinking_budget": -1}},
         {"thinking_config": {}},
         {"chat_template_kwargs": {}},
@@ -162,6 +166,27 @@ def test_other_pairs_contradict_each_other_by_name(fields: Json, names: tuple[st
     error = refused(fields)
     assert error.code == "contradictory_parameters"
     assert all(f"`{name}`" in error.message for name in names)
+
+
+@pytest.mark.parametrize("word", SUMMARIES)
+@pytest.mark.parametrize(
+    ("field", "fields"), [*visibility_statements(hidden=True), *visibility_statements(hidden=False)], ids=str
+)
+def test_a_summary_contradicts_what_shows_or_hides_the_thinking(word: str, field: str, fields: Json) -> None:
+    """A summary beside a field that hides the thinking text, or shows all of it, is a 400 naming both."""
+    error = refused(fields, {"reasoning": {"summary": word}})
+    assert error.code == "contradictory_parameters"
+    assert error.param in {field, "reasoning.summary"}
+    assert f"`{field}`" in error.message
+    assert "`reasoning.summary`" in error.message
+
+
+@pytest.mark.parametrize("off", off_statements(), ids=str)
+def test_a_summary_contradicts_instant_mode(off: Says) -> None:
+    """Where the request switches thinking off there is nothing to summarise, which is a 400 naming both."""
+    error = refused(off.fields, {"reasoning": {"summary": "auto"}})
+    assert (error.code, error.param) == ("contradictory_parameters", "reasoning.summary")
+    assert f"`{off.field}` and `reasoning.summary`" in error.message
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from gateway.resolve import EnvelopeAsk, split_suffix
-from tests.gateway.dialects import Json, chat, refused, text
+from tests.gateway.dialects import (
+    ALL_ON,
+    EVERYTHING,
+    SUMMARIES,
+    Json,
+    Says,
+    cap_statements,
+    chat,
+    merged,
+    refused,
+    text,
+)
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -57,6 +69,64 @@ def test_every_dialect_can_hide_the_thinking(fields: Json, hidden: bool) -> None
     assert (ask.exclude_thinking, ask.mode) == (hidden, "auto")
 
 
+@pytest.mark.parametrize("word", SUMMARIES)
+@pytest.mark.parametrize("says", [None, *ALL_ON], ids=str)
+def test_a_summary_may_take_the_place_of_the_thinking(word: str, says: Says | None) -> None:
+    """A summary changes what is shown and nothing else, whatever asks for the thinking."""
+    fields = says.fields if says else {}
+    ask = chat(fields, {"reasoning": {"summary": word}})
+    assert (ask.summary, ask.exclude_thinking) == (word, False)
+    assert msgspec.structs.replace(ask, summary=None) == chat(fields)
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_the_least_thinking_stays_below_the_total(field: str) -> None:
+    """A least at or above the total is a 400 that names both fields; one below it is fine."""
+    assert chat({"thinkgate": {"min_thinking_tokens": 99}, field: 100}).min_thinking == 99
+    error = refused({"thinkgate": {"min_thinking_tokens": 100}, field: 100})
+    assert (error.code, error.param) == ("contradictory_parameters", "thinkgate.min_thinking_tokens")
+    assert error.message == f"`thinkgate.min_thinking_tokens` (100) must be less than `{field}` (100)."
+
+
+@pytest.mark.parametrize("says", cap_statements(300), ids=str)
+def test_the_least_thinking_may_reach_the_cap(says: Says) -> None:
+    """A least above a cap of the request is a 400 that names both fields; one as high as the cap is fine."""
+    ask = chat(says.fields, {"thinkgate": {"min_thinking_tokens": 300}})
+    assert (ask.min_thinking, ask.thinking_tokens, ask.mode_field) == (300, 300, chat(says.fields).mode_field)
+    error = refused(says.fields, {"thinkgate": {"min_thinking_tokens": 301}})
+    assert (error.code, error.param) == ("contradictory_parameters", "thinkgate.min_thinking_tokens")
+    assert error.message == f"`thinkgate.min_thinking_tokens` (301) must be at most `{says.field}` (300)."
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"thinking_token_budget": -1},
+        {"thinking_budget": -1},
+        {"reasoning_effort": "low"},
+        {"reasoning": {"enabled": True}},
+        {"suffix": "reasoning"},
+    ],
+    ids=str,
+)
+def test_the_least_thinking_decides_the_mode_only_alone(fields: Json) -> None:
+    """Where another field asks for thinking, that field is the reason; a cap of -1 is above every least."""
+    least = {"thinkgate": {"min_thinking_tokens": 50}}
+    assert chat(fields, least) == msgspec.structs.replace(chat(fields), min_thinking=50)
+    for open_to_all in ({}, {"suffix": "auto"}, {"thinking_config": {"thinking_budget": -1}}):
+        ask = chat(open_to_all, least)
+        assert (ask.mode, ask.mode_field) == ("reasoning", "thinkgate.min_thinking_tokens")
+        assert (ask.min_thinking, ask.thinking_tokens, ask.effort) == (50, None, None)
+
+
+@pytest.mark.parametrize("says", [None, *EVERYTHING], ids=str)
+def test_a_least_of_zero_says_nothing(says: Says | None) -> None:
+    """No thinking at all is at least zero tokens: such a least agrees with every field, off included."""
+    fields = says.fields if says else {}
+    zero = merged({"thinkgate": {"min_thinking_tokens": 0}}, fields)
+    assert chat(zero) == chat(fields)
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -70,7 +140,6 @@ def test_every_dialect_can_hide_the_thinking(fields: Json, hidden: bool) -> None
         ({"thinkgate": {"plan": "auto"}}, "thinkgate.plan"),
         ({"thinkgate": {"degrade": True}}, "thinkgate.degrade"),
         ({"thinkgate": {"degrade": ["cap"]}}, "thinkgate.degrade"),
-        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
     ],
     ids=str,
 )
@@ -203,7 +272,12 @@ def test_a_text_completion_is_instant() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"suffix": "instant"}, {"thinkgate": {"mode": "instant"}}, {"thinking_token_budget": 0}, {"thinkgate": None}],
+    [
+        {"suffix": "instant"},
+        {"thinkgate": {"mode": "instant", "min_thinking_tokens": 0}},
+        {"thinking_token_budget": 0},
+        {"thinkgate": None},
+    ],
     ids=str,
 )
 def test_a_text_completion_may_say_off(fields: Json) -> None:
@@ -217,6 +291,8 @@ def test_a_text_completion_may_say_off(fields: Json) -> None:
         ({"suffix": "reasoning"}, "model"),
         ({"thinkgate": {"mode": "reasoning"}}, "thinkgate.mode"),
         ({"thinkgate": {"thinking_tokens": 5}}, "thinkgate.thinking_tokens"),
+        ({"thinkgate": {"min_thinking_tokens": 5}}, "thinkgate.min_thinking_tokens"),
+        ({"thinkgate": {"min_thinking_tokens": 5}, "max_tokens": 5}, "thinkgate.min_thinking_tokens"),
         ({"thinking_token_budget": 5}, "thinking_token_budget"),
         ({"thinking_token_budget": -1}, "thinking_token_budget"),
     ],

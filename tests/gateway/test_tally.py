@@ -113,6 +113,61 @@ def test_amounts_are_in_the_ledgers_units() -> None:
     assert tally().amounts(counts) == Amounts(tokens=5000, thinking_tokens=1000, nano_usd=nano)
 
 
+def test_calls_on_the_side_are_planner_tokens_and_nothing_else() -> None:
+    """They are in the counts, in and out, but in no bound, no usage and no thinking of the answer's own."""
+    counted = tally(Delta(prompt_tokens=9), Delta(thinking=2, token_ids=[1, 2]), Delta(answer=4, token_ids=[3]))
+    aside = counted.begin_aside(most_prompt=30, most_output=9)
+    aside.add(Delta(prompt_tokens=20))
+    aside.add(Delta(thinking=1, injected=1, token_ids=[1, 2]))
+    aside.add(Delta(answer=3, token_ids=[1]))
+    aside.add(usage(20, 5, cached=16))
+    counted.begin_aside(most_prompt=30, most_output=9).add(Delta(prompt_tokens=7))
+    counts = counted.counts()
+    assert counts == TokenCounts(prompt=9, thinking=2, answer=4, planner=25 + 7)
+    assert (counted.output(), counts.completion(), counted.most_thinking, counted.is_estimated) == (6, 6, 2, False)
+
+
+def test_calls_on_the_side_are_priced_by_direction() -> None:
+    """Prompt, cached and output tokens of theirs have the prices of prompt, cached and answer, rounded once."""
+    counted = Tally(PriceTable.from_usd_per_mtok(0.0004, 0.0004, cached=0.0001, thinking=4))
+    counted.add(Delta(prompt_tokens=1, answer=1, token_ids=[1]))
+    for _ in range(2):
+        aside = counted.begin_aside(most_prompt=30, most_output=9)
+        aside.add(Delta(thinking=1, answer=1, token_ids=[1, 2]))
+        aside.add(usage(3, 2, cached=2))
+    used = counted.amounts(counted.counts())
+    assert used == Amounts(tokens=2 + 2 * 5, thinking_tokens=0, nano_usd=round(2 * 0.4 + 2 * (0.4 + 2 * 0.1 + 2 * 0.4)))
+
+
+@pytest.mark.parametrize(
+    ("ended", "is_estimated"), [(usage(3, 5), False), (Delta(answer=1, token_ids=[1]), False), (Delta(), True)]
+)
+def test_a_call_on_the_side_may_be_an_estimate(ended: Delta, is_estimated: bool) -> None:
+    """One that was cut without usage and ids makes the counts an estimate; one that told its usage does not."""
+    counted = tally(Delta(answer=1, token_ids=[1]))
+    aside = counted.begin_aside(most_prompt=30, most_output=9)
+    aside.add(Delta(answer=1))
+    counted.counts()
+    aside.add(ended)
+    assert (counted.counts().planner > 0, counted.is_estimated) == (True, is_estimated)
+
+
+def test_a_side_calls_usage_is_believed_within_its_bounds() -> None:
+    """What a backend claims beyond what such a call can be is not booked."""
+    counted = tally()
+    counted.begin_aside(most_prompt=30, most_output=9).add(usage(1000, 1000))
+    assert counted.counts() == TokenCounts(planner=39)
+
+
+def test_usage_that_comes_after_a_report_ends_the_estimate() -> None:
+    """Counts asked for in the middle of a stream do not mark its end as estimated."""
+    counted = tally(Delta(answer=1))
+    counted.counts()
+    assert counted.is_estimated
+    counted.add(usage(5, 3))
+    assert (counted.counts(), counted.is_estimated) == (TokenCounts(prompt=5, answer=3), False)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     parts=st.lists(st.tuples(COUNT, COUNT, COUNT), max_size=5),

@@ -43,7 +43,7 @@ class Script:
             reports_cap=reports,
         )
 
-    def choice(self, plan=None, *, chain_open=False, tools=False, **stopping):
+    def choice(self, plan=None, *, chain_open=False, tools=False, before=b"", **stopping):
         stopping.setdefault("max_tokens", 10_000)
         return Choice(
             0,
@@ -53,6 +53,7 @@ class Script:
             eos=[EOS],
             chain_open=chain_open,
             parses_tools=tools,
+            before=before,
         )
 
 
@@ -290,6 +291,27 @@ def test_a_stop_token_ends_the_answer(include, answer):
     assert (heard.answer, heard.finish, heard.stop_reason) == (answer, ["stop"], b)
 
 
+def test_a_silent_stop_token_never_shows_its_text():
+    """Of two kinds of stop tokens, those that are silent end the choice unseen where the others are kept."""
+    script = Script()
+    a, b = letters(script, 2)
+    rules = {"token_ids": frozenset({a, b}), "silent_ids": frozenset({b}), "include": True}
+    assert drive(script.choice(**rules), [a]).answer == "a"
+    silent = drive(script.choice(**rules), [b])
+    assert (silent.answer, silent.ids, silent.stop_reason) == ("", [b], b)
+
+
+@given(st.text(min_size=1), BORDERS, st.integers(0, 30))
+def test_a_text_cut_between_any_two_tokens_goes_on_without_a_seam(text, borders, at):
+    """Two choices of which one reads where the other stopped give the whole text, no character broken."""
+    script = Script()
+    pieces = [piece for piece in cut(text.encode(), borders) if piece]
+    first = drive(script.choice(), map(script.id_of, pieces[:at]))
+    second = drive(script.choice(before=b"".join(pieces[:at])[-3:]), map(script.id_of, pieces[at:]))
+    assert first.answer + second.answer == text
+    assert text.startswith(first.answer)
+
+
 def test_ignoring_the_end_of_the_sequence_goes_on_to_the_limit():
     """With ignore_eos the end of the sequence is a token like any other."""
     script = Script()
@@ -327,7 +349,9 @@ def test_a_complete_grammar_ends_the_choice_with_what_was_held():
     """When the grammar allows nothing more, held text is shown and the choice ends."""
     script = Script()
     choice = script.choice(strings=("bX",))
-    heard = Heard([*drive(choice, letters(script, 2)).outputs, choice.complete()])
+    outputs = drive(choice, letters(script, 2)).outputs
+    choice.complete(outputs[-1])
+    heard = Heard(outputs)
     assert (heard.answer, heard.finish) == ("ab", ["stop"])
 
 

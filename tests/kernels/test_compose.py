@@ -146,6 +146,8 @@ def test_prompt_and_output_must_fit_the_window(chatml):
         (ChatInput(messages=HI, tool_choice="required"), options(), "tool_choice"),
         (ChatInput(messages=HI, tools=[TOOL], tool_choice=("g",)), options(), "tool_choice"),
         (ChatInput(messages=HI, response_schema={"type": "nope"}), options(), "response_format"),
+        (ChatInput(messages=HI, tools=[TOOL], response_regex="a", response_param="s.regex"), options(), "s.regex"),
+        (ChatInput(messages=HI, tools=[TOOL], response_choices=("a",), response_param="s"), options(), "s"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_by_name(chatml, given, asked, param):

@@ -48,9 +48,9 @@ def run(model, given, *, n=1, thinking=None, sampling=None, **stopping):
 
 
 def row_after(model, token_ids):
-    """Logits after a text that is read at once, without any cache to go by."""
+    """Logits of the vocabulary after a text that is read at once, without any cache to go by."""
     with torch.inference_mode():
-        return model.network.step(model.network.new_cache(), token_ids)[-1].tolist()
+        return model.network.step(model.network.new_cache(), token_ids)[-1][: model.tokens.size].tolist()
 
 
 def ids(outputs, index=0):
@@ -73,6 +73,15 @@ def test_greedy_tokens_are_those_of_the_network_without_a_cache(llama):
         row = row_after(llama, so_far)
         assert token_id == row.index(max(row))
         so_far.append(token_id)
+
+
+def test_only_tokens_of_the_vocabulary_are_sampled():
+    """A padding row of the logits is never taken, however likely it is: nobody could go on from its id."""
+    tokenizer = tiny_tokenizer()
+    model = scripted(tokenizer, lambda so_far: len(tokenizer) + 3)
+    outputs, _ = run(model, PROMPT, max_tokens=4)
+    assert len(ids(outputs)) == 4
+    assert all(token_id < model.tokens.size for token_id in ids(outputs))
 
 
 def test_a_prefill_in_portions_is_the_same_prefill(llama, monkeypatch):

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from kernels.errors import RequestRefused
-from kernels.grammar import Constraint, schema_grammar, tools_grammar
+from kernels.grammar import Constraint, format_grammar, schema_grammar, tools_grammar
+from kernels.params import AnswerFormat
 from kernels.tokens import Tokens
 from tests.kernels.tiny import tiny_tokenizer
 
@@ -85,6 +86,35 @@ def test_options_smuggled_into_a_schema_are_overruled(tokens):
     """A schema cannot switch llguidance to lenient or to free white space."""
     schema = {"type": "object", "x-guidance": {"lenient": True, "whitespace_flexible": True}}
     assert follow(tokens, schema_grammar(schema), "{ ")[0] == "{"
+
+
+def test_choices_are_texts_and_nothing_else(tokens):
+    """An answer is one of the choices, whatever characters they hold; one that goes on may end or go on."""
+    odd = '\u00e9\U0001f600 "\\n/.*\n\x00'
+    grammar = format_grammar(AnswerFormat(response_choices=("ab", "abc", odd)))
+    assert follow(tokens, grammar, "ab")[1:] == (True, False)
+    assert follow(tokens, grammar, "abc")[1:] == (True, True)
+    assert follow(tokens, grammar, odd)[1:] == (True, True)
+    assert follow(tokens, grammar, "abd")[0] == "ab"
+
+
+def test_a_regular_expression_matches_the_whole_answer(tokens):
+    """The answer follows it from its first character to its last."""
+    grammar = format_grammar(AnswerFormat(response_regex="[0-9]{2}/x"))
+    assert follow(tokens, grammar, "12/x") == ("12/x", True, True)
+    assert follow(tokens, grammar, "1x")[0] == "1"
+
+
+def test_a_format_that_cannot_be_enforced_is_refused_by_its_own_name():
+    """The field that asked for it is named, and a free answer has no grammar."""
+    for asked in (
+        AnswerFormat(response_regex="(", response_param="p"),
+        AnswerFormat(response_schema={"type": "x"}, response_param="p"),
+    ):
+        with pytest.raises(RequestRefused) as refused:
+            format_grammar(asked)
+        assert refused.value.param == "p"
+    assert format_grammar(AnswerFormat()) is None
 
 
 def test_a_required_call_is_all_that_may_come(tokens):

@@ -45,6 +45,18 @@ def test_nothing_of_a_stop_string_is_ever_shown(text, stops, borders):
         assert whole.startswith(shown)
 
 
+@given(TEXT, STOPS, BORDERS)
+def test_a_stop_string_that_is_kept_holds_nothing_back(text, stops, borders):
+    """Where the stop string belongs to the text, every piece is shown at once up to the end of it."""
+    scanner = StopScanner(stops, include=True)
+    whole, _ = scan([text], stops, include=True)
+    seen = shown = ""
+    for piece in cut(text, borders):
+        seen += piece
+        shown += scanner.push(piece)
+        assert shown == whole[: len(seen)]
+
+
 @pytest.mark.parametrize(
     ("text", "needles", "size"),
     [("abc", ["cde"], 1), ("abc", ["bcd", "c!"], 2), ("abc", ["abc"], 0), ("", ["a"], 0), ("abc", [], 0)],

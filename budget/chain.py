@@ -1,0 +1,366 @@
+"""One choice under two-phase enforcement: where its chain of thought ends, and what is sampled next.
+
+Owns: the sans-IO state machine of a choice that is continued from exact token ids (docs/adr/0009). Phase
+one samples thinking with what is left of the cap as its limit, so a backend cannot overrun it; phase two
+goes on from the same ids, with whatever had to be forced in between. Pure; O(1) per token.
+Sources: Qwen3's thinking budget (two calls), s1 (arXiv 2501.19393, section 3.1: "Wait").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+MAX_WAITS = 8
+Phase = Literal["thinking", "answer", "over"]
+
+
+class Forcing(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts a chain may have to force, in the model's tokens.
+
+    Attributes:
+        opening: the start marker as a template writes it, newline included.
+        closing: the end marker.
+        after: what follows an end marker that was forced.
+        wrap_up: stands before an end marker that a bound forced.
+        wait: makes thinking go on that ended too early.
+        start_id: the start marker, if it is one token.
+        end_id: the end marker, if it is one token; else the caller finds it in the text.
+    """
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    after: tuple[int, ...] = ()
+    wrap_up: tuple[int, ...] = ()
+    wait: tuple[int, ...] = ()
+    start_id: int | None = None
+    end_id: int | None = None
+
+    def overhead(self) -> int:
+        """Most tokens that opening and ending one chain by force can take."""
+        return len(self.opening) + len(self.wrap_up) + len(self.closing) + len(self.after)
+
+    def most_wasted(self) -> int:
+        """Most tokens of one chain that are sampled and then dropped: an end of turn, and a marker at each wait."""
+        return 1 + MAX_WAITS * len(self.closing)
+
+
+class Purse(msgspec.Struct, frozen=True, kw_only=True):
+    """The money of one choice: its share of what is left for output, and prices, in femto-USD (per token)."""
+
+    femto_usd: int
+    thinking: int
+    answer: int
+
+
+class ChainRules(msgspec.Struct, frozen=True, kw_only=True):
+    """What bounds a chain.
+
+    Attributes:
+        cap: most thinking tokens.
+        total: most output tokens, everything forced included.
+        answer_floor: tokens of `total` (and their price in `purse`) kept back for the answer.
+        min_thinking: thinking that ends earlier is continued with `Forcing.wait`.
+        answer_openers: tokens that begin the answer without a closing marker, as a tool call does.
+        purse: bounds the money; None for no bound.
+    """
+
+    cap: int
+    total: int
+    answer_floor: int = 0
+    min_thinking: int = 0
+    answer_openers: frozenset[int] = frozenset()
+    purse: Purse | None = None
+
+
+@dataclass(slots=True)
+class Step:
+    """What some tokens meant.
+
+    Attributes:
+        thinking: of them, thinking tokens.
+        answer: answer tokens.
+        injected: markers, sampled or forced, and other forced tokens.
+        wasted: tokens that are dropped: they reach no client and no later segment.
+        ids: those that were kept, forced ones included, in order.
+        forced: how many at the end of `ids` were forced.
+        shown: of the forced ones, how many are the wrap-up or "Wait", which belong to the thinking's text.
+        is_over: the segment is over: ask for the next one.
+        ended_by: the bound that ended the thinking here.
+    """
+
+    thinking: int = 0
+    answer: int = 0
+    injected: int = 0
+    wasted: int = 0
+    ids: list[int] = field(default_factory=list)
+    forced: tuple[int, ...] = ()
+    shown: int = 0
+    is_over: bool = False
+    ended_by: str | None = None
+
+    def plus(self, later: Step) -> Step:
+        """This step and the next as one."""
+        return Step(
+            thinking=self.thinking + later.thinking,
+            answer=self.answer + later.answer,
+            injected=self.injected + later.injected,
+            wasted=self.wasted + later.wasted,
+            ids=self.ids + later.ids,
+            forced=self.forced + later.forced,
+            shown=self.shown + later.shown,
+            is_over=self.is_over or later.is_over,
+            ended_by=self.ended_by or later.ended_by,
+        )
+
+
+class Chain:
+    """One choice.
+
+    Args:
+        prompt: the rendered prompt in token ids.
+        forcing: texts to force.
+        rules: its bounds.
+        is_open: the prompt ends inside the thinking.
+        has_closed: the prompt already ends with a closed chain.
+
+    Attributes:
+        phase: what the next segment samples.
+        ids: prompt and everything kept since.
+        thinking, answer, injected: tokens so far.
+        waits: how often "Wait" was forced.
+        finish_reason, stop_reason: of the choice, once `phase` is over.
+    """
+
+    __slots__ = (
+        "_forcing",
+        "_is_reopened",
+        "_rules",
+        "answer",
+        "femto_usd",
+        "finish_reason",
+        "ids",
+        "injected",
+        "phase",
+        "prompt_tokens",
+        "stop_reason",
+        "thinking",
+        "waits",
+    )
+
+    def __init__(
+        self, prompt: Sequence[int], forcing: Forcing, rules: ChainRules, *, is_open: bool, has_closed: bool = False
+    ) -> None:
+        self.ids = list(prompt)
+        self.prompt_tokens = len(self.ids)
+        self._forcing = forcing
+        self._rules = rules
+        self._is_reopened = False
+        self.thinking = self.answer = self.injected = self.waits = self.femto_usd = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: object = None
+        self.phase: Phase = "answer" if has_closed and not is_open else "thinking"
+
+    def open(self, *, is_open: bool) -> Step:
+        """Begin: force the opening marker where the prompt lacks it, and, without room, the closing one at once."""
+        step = Step()
+        if self.phase == "answer":
+            return step
+        if not is_open:
+            self._force(step, self._forcing.opening)
+        if self.room() <= 0:
+            self._close(step, ())
+        return step
+
+    def resume(self, ids: Sequence[int], *, thinking: int, answer: int, injected: int, has_closed: bool) -> Step:
+        """Take over a choice that its backend did not hold to the cap; `ids` are what is kept of its output."""
+        self.ids += ids
+        self.phase = "answer" if has_closed else "thinking"
+        self.thinking, self.answer, self.injected = thinking, answer, injected
+        self._pay(thinking, answer + injected)
+        return self.cut("cap")
+
+    def is_over(self) -> bool:
+        """Whether the choice has its finish_reason."""
+        return self.phase == "over"
+
+    def room(self) -> int:
+        """Most tokens the next segment may sample."""
+        rules, left = self._rules, self._rules.total - self.output()
+        purse = rules.purse
+        if self.phase == "answer":
+            if purse is not None and purse.answer:
+                left = min(left, (purse.femto_usd - self.femto_usd) // purse.answer)
+            return max(0, left)
+        reserve = rules.answer_floor + self._closing_tokens()
+        left = min(rules.cap - self.thinking, left - reserve)
+        if purse is not None and purse.thinking:
+            free = purse.femto_usd - self.femto_usd - reserve * purse.answer
+            left = min(left, free // purse.thinking)
+        return max(0, left)
+
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens at which the thinking ends by itself."""
+        end_id = self._forcing.end_id
+        return (*(() if end_id is None else (end_id,)), *sorted(self._rules.answer_openers))
+
+    def finds_end_by_text(self) -> bool:
+        """Whether the closing marker is several tokens, so that its text ends the thinking."""
+        return self._forcing.end_id is None
+
+    def output(self) -> int:
+        """Output tokens kept so far."""
+        return self.thinking + self.answer + self.injected
+
+    def feed(self, ids: Sequence[int], finish: str | None = None, stop: object = None) -> Step:
+        """Take tokens the backend sampled, with the `finish_reason` and `stop_reason` it gave, if it did."""
+        step = Step()
+        if self.phase == "thinking":
+            self._think(step, ids)
+            if not step.is_over and finish is not None:
+                self._end_thinking(step, ids, finish, stop)
+        elif self.phase == "answer":
+            self._say(step, ids)
+            if not step.is_over and finish is not None:
+                self._finish(step, finish, stop)
+        else:
+            step.wasted, step.is_over = len(ids), True
+        return step
+
+    def close(self, ids: Sequence[int]) -> Step:
+        """Take tokens that wrote the closing marker, found by its text; the segment is over."""
+        step = Step()
+        if self.phase == "thinking":
+            self._closed(step, list(ids))
+        return step
+
+    def cut(self, why: str) -> Step:
+        """End the thinking now, gracefully, since a bound outside the chain (time) is met."""
+        step = Step()
+        if self.phase == "thinking":
+            self._close(step, self._forcing.wrap_up, why)
+        return step
+
+    def _think(self, step: Step, ids: Sequence[int]) -> None:
+        rules, forcing, room = self._rules, self._forcing, self.room()
+        for at, token_id in enumerate(ids):
+            if token_id == forcing.end_id:
+                step.wasted += len(ids) - at - 1  # a backend that went on after its stop token
+                self._closed(step, [token_id])
+                return
+            if token_id in rules.answer_openers:
+                step.wasted += len(ids) - at - 1
+                self._close(step, ())
+                step.answer += 1
+                self.answer += 1
+                self._keep(step, [token_id])
+                return
+            if step.thinking >= room:
+                step.wasted += len(ids) - at
+                self._close(step, self._forcing.wrap_up, self._bound())
+                return
+            step.thinking += 1
+            self.thinking += 1
+            self._pay(1, 0)
+            self._keep(step, [token_id])
+
+    def _end_thinking(self, step: Step, ids: Sequence[int], finish: str, stop: object) -> None:
+        """The backend ended the segment, and no marker was among its tokens."""
+        if finish == "length":
+            self._close(step, self._forcing.wrap_up, self._bound())
+            return
+        if stop is not None and stop == self._forcing.end_id:  # it keeps the token it stopped at to itself
+            self._close(step, ())
+            return
+        if ids and step.thinking:  # the model ended its turn: that token is no part of a chain that goes on
+            step.ids.pop()
+            self.ids.pop()
+            step.thinking -= 1
+            self.thinking -= 1
+            self._pay(-1, 0)
+            step.wasted += 1
+        if not self._wait(step):
+            self._close(step, ())
+
+    def _wait(self, step: Step) -> bool:
+        """Make the thinking go on if it ended too early and there is room."""
+        wait = self._forcing.wait
+        is_early = self.thinking < self._rules.min_thinking
+        if not (is_early and wait and self.waits < MAX_WAITS and self.room() > len(wait)):
+            return False
+        self.waits += 1
+        self._force(step, wait)
+        step.shown, step.is_over = len(wait), True
+        return True
+
+    def _closed(self, step: Step, marker: list[int]) -> None:
+        """The model closed its thinking itself."""
+        if self._wait(step):
+            step.wasted += len(marker)
+            return
+        self.injected += len(marker)
+        step.injected += len(marker)
+        self._pay(0, len(marker))
+        self._keep(step, marker)
+        self.phase, step.is_over = "answer", True
+
+    def _close(self, step: Step, wrap_up: tuple[int, ...], why: str | None = None) -> None:
+        """Force the end of the thinking."""
+        forcing = self._forcing
+        wrap_up = wrap_up if self.thinking else ()
+        self._force(step, (*wrap_up, *forcing.closing, *forcing.after))
+        step.shown, step.is_over, step.ended_by = len(wrap_up), True, why
+        self.phase = "answer"
+
+    def _say(self, step: Step, ids: Sequence[int]) -> None:
+        forcing, room = self._forcing, self.room()
+        for at, token_id in enumerate(ids):
+            if step.answer >= room:
+                step.wasted += len(ids) - at
+                self._finish(step, "length", None)
+                return
+            if token_id == forcing.start_id:
+                self._is_reopened = True
+            if self._is_reopened or token_id == forcing.end_id:
+                # Thinking in the answer is over the cap by definition: it is dropped, up to its marker.
+                self._is_reopened = self._is_reopened and token_id != forcing.end_id
+                step.wasted += 1
+                continue
+            step.answer += 1
+            self.answer += 1
+            self._pay(0, 1)
+            self._keep(step, [token_id])
+
+    def _finish(self, step: Step, finish: str, stop: object) -> None:
+        self.finish_reason, self.stop_reason = finish, stop
+        self.phase, step.is_over = "over", True
+
+    def _bound(self) -> str:
+        """What the thinking ran into: the cap, the purse, or what is kept back of the total for the answer."""
+        if self.thinking >= self._rules.cap:
+            return "cap"
+        reserve = self._rules.answer_floor + self._closing_tokens()
+        return "total" if self._rules.total - self.output() <= reserve else "usd"
+
+    def _closing_tokens(self) -> int:
+        forcing = self._forcing
+        return len(forcing.wrap_up) + len(forcing.closing) + len(forcing.after)
+
+    def _force(self, step: Step, ids: tuple[int, ...]) -> None:
+        self.injected += len(ids)
+        step.injected += len(ids)
+        step.forced += ids
+        self._pay(0, len(ids))
+        self._keep(step, ids)
+
+    def _keep(self, step: Step, ids: Sequence[int]) -> None:
+        step.ids += ids
+        self.ids += ids
+
+    def _pay(self, thinking: int, answer: int) -> None:
+        purse = self._rules.purse
+        if purse is not None:
+            self.femto_usd += thinking * purse.thinking + answer * purse.answer

@@ -1,0 +1,76 @@
+"""Which way a cap is held on a backend, going by what was measured there.
+
+Owns: the choice between the backend's own cap, two-phase enforcement and the soft fallback, and why none
+will do. Pure; O(1). Does not own: carrying it out (gateway/modes/).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from gateway.backends.port import Capabilities
+
+How = Literal["native", "two_phase", "soft", "switch", "none"]
+Policy = Literal["auto", "native", "two_phase"]
+
+
+class Needs(NamedTuple):
+    """What a request asks of enforcement.
+
+    Attributes:
+        is_chat: a chat call; text completions have no thinking to cap.
+        has_tools: the client brings tools.
+        has_media: the prompt is not text only, so that it cannot be rendered as token ids.
+        has_envelope: the envelope may have to end the thinking before the cap does.
+        min_thinking: thinking may have to be made to go on.
+        is_native: the model thinks by itself.
+    """
+
+    is_chat: bool = True
+    has_tools: bool = False
+    has_media: bool = False
+    has_envelope: bool = False
+    min_thinking: int = 0
+    is_native: bool = True
+
+
+def enforcement(found: Capabilities, needs: Needs, policy: Policy, kind: str) -> tuple[How, str]:
+    """How thinking is capped on one backend, and, if it is not, why.
+
+    Args:
+        found: what it was measured to do.
+        needs: of the request.
+        policy: the model's `thinking.enforce`.
+        kind: of the backend.
+    """
+    can_chain = found.forcing is not None and needs.is_chat and not needs.has_media
+    binds = bool(found.cap_binds_with_tools if needs.has_tools else found.cap_binds)
+    must_prefill = not needs.is_native and kind != "embedded"
+    if can_chain and (policy == "two_phase" or needs.has_envelope or needs.min_thinking or must_prefill):
+        return "two_phase", ""
+    no_chain = _why_no_chain(found, needs)
+    if policy == "two_phase" or needs.min_thinking or must_prefill:
+        return "none", no_chain
+    if binds:
+        return "native", ""
+    name = "cap + tools" if needs.has_tools and found.cap_binds else "cap"
+    ignored = found.detail.get(name, "not measured")
+    if policy == "native":
+        return "none", f"{ignored}, and thinking.enforce is native"
+    if can_chain:
+        return "two_phase", ""
+    return ("none", f"{ignored}; {no_chain}") if kind == "embedded" else ("soft", "")
+
+
+def instant_enforcement(found: Capabilities, needs: Needs) -> How:
+    """How thinking is kept out of instant mode: by the template's switch, else by a prefilled empty chain."""
+    if needs.is_chat and not found.instant_is_quiet and found.forcing is not None and not needs.has_media:
+        return "two_phase"
+    return "native" if found.cap_binds else "switch"
+
+
+def _why_no_chain(found: Capabilities, needs: Needs) -> str:
+    if needs.has_media:
+        return "prompts with media cannot be rendered as token ids"
+    return found.detail.get("two_phase", "choices cannot be continued from token ids here")

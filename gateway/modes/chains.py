@@ -1,0 +1,368 @@
+"""Two-phase enforcement: every choice is a chain of segments, continued from exact token ids.
+
+Owns: carrying out what `budget/chain.py` decides: the prompt as ids, a segment at a time, text and tool
+calls out of tokens, the end of thinking by time, taking over from a backend that does not hold its cap.
+One uninterrupted stream of deltas for the caller. Does not own: placement, counting, the envelope's end
+(flow.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from budget.chain import Chain, ChainRules, Forcing, Step
+from budget.envelope import chain_bounds, thinking_is_over
+from gateway.backends.events import FINISH_REASONS
+from gateway.backends.http import UpstreamUnreachable
+from gateway.backends.markers import MarkerSplitter
+from gateway.backends.port import Capabilities, Delta, Kind, Segment, Usage
+from gateway.backends.segments import WAIT, SegmentFields, tool_plan
+from gateway.backends.tool_calls import OPENING
+from gateway.errors import InvalidRequest, UpstreamError
+from gateway.modes.merge import merged
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from gateway.backends.port import Backend
+    from gateway.backends.tool_text import ToolReader
+    from gateway.modes.flow import Run
+
+TAIL_TOKENS = 12
+
+
+@dataclass(slots=True)
+class TakeOver:
+    """A choice that its backend did not hold to the cap, as far as it may keep what it said.
+
+    Attributes:
+        index: the choice.
+        ids: its output so far.
+        thinking, answer, injected: tokens among them.
+        has_closed: it was answering already.
+    """
+
+    index: int
+    ids: list[int]
+    thinking: int = 0
+    answer: int = 0
+    injected: int = 0
+    has_closed: bool = False
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice being carried out; times are the run's clock in seconds."""
+
+    index: int
+    chain: Chain
+    reader: ToolReader
+    splitter: MarkerSplitter | None
+    pending: list[int] = field(default_factory=list)  # tokens whose text the splitter holds back
+    ended_s: float | None = None  # end of the segment before
+    is_first: bool = True  # the segment
+    began_s: float = 0.0
+    first_s: float = 0.0
+    sampled: int = 0
+    is_over: bool = False  # the segment, by the chain
+    is_finished: bool = False  # the segment, by the backend
+
+
+class Chains:
+    """All choices of one request.
+
+    Args:
+        run: the request; what enforcement took is noted in `run.enforced`.
+        backend: where every segment runs, so that each finds the one before it in the prefix cache.
+        found: what that backend was measured to do.
+
+    Raises: InvalidRequest for what cannot be served this way.
+    """
+
+    def __init__(self, run: Run, backend: Backend, found: Capabilities) -> None:
+        assert found.forcing is not None
+        self._run, self._call = run, run.call
+        self._backend, self._found = backend, found
+        self._forcing: Forcing = found.forcing
+        self._prompt: list[int] = []
+        self._cached: int | None = None
+        self._total = 0
+        self._has_begun = False
+        self._prompt_is_cached = asyncio.Event()
+        self._plan = tool_plan(self._call, found.tool_format)
+        self._fields = SegmentFields(self._call, self._plan, self._forcing)
+
+    async def deltas(self, lost: Sequence[TakeOver] = ()) -> AsyncGenerator[list[Delta], None]:
+        """Every choice from its beginning, or those of `lost` from where they are; at last the usage.
+
+        Raises: as `Backend.generate`; InvalidRequest when the envelope cannot hold the prompt.
+        """
+        self._has_begun = bool(lost)
+        self._prompt = await self._backend.tokenize(self._call)
+        rules = self._rules()
+        is_open, has_closed = self._tail()
+        streams = []
+        wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
+        for at, which in enumerate(wanted):
+            chain = Chain(self._prompt, self._forcing, rules, is_open=is_open, has_closed=has_closed)
+            if isinstance(which, TakeOver):
+                index = which.index
+                step = chain.resume(
+                    which.ids,
+                    thinking=which.thinking,
+                    answer=which.answer,
+                    injected=which.injected,
+                    has_closed=which.has_closed,
+                )
+            else:
+                index = which
+                step = chain.open(is_open=is_open)
+            splitter = None
+            if self._forcing.end_id is None:
+                splitter = MarkerSplitter(self._call.thinking.start, self._call.thinking.end, is_open=True)
+            choice = _Choice(index, chain, self._plan.reader(), splitter)
+            streams.append(self._choice(choice, step, waits=at > 0))
+        async with aclosing(merged(streams)) as batches:
+            async for batch in batches:
+                self._has_begun = True
+                yield batch
+        yield [Delta(usage=Usage(prompt_tokens=len(self._prompt), completion_tokens=0, cached_tokens=self._cached))]
+
+    async def _choice(self, choice: _Choice, step: Step, *, waits: bool) -> AsyncGenerator[list[Delta], None]:
+        """One choice to its end. All but the first wait until the prompt is in the prefix cache."""
+        chain = choice.chain
+        # What was forced goes out with the first token, so that a refusal before it keeps its own status.
+        head = self._head(choice, step)
+        if waits:
+            await self._prompt_is_cached.wait()
+        while not chain.is_over():
+            if chain.room() <= 0:
+                yield [*head, self._last(choice, Delta(index=choice.index), "length", None)]
+                return
+            async with aclosing(self._segment(choice)) as batches:
+                async for batch in batches:
+                    yield [*head, *batch]
+                    head = []
+                    if not chain.is_over() and choice.index in self._run.finished:
+                        return  # a stop string was found in the answer
+
+    def _head(self, choice: _Choice, step: Step) -> list[Delta]:
+        """What precedes a choice's first token: the prompt, and what was forced after it."""
+        deltas = self._shown(choice, Delta(), step) or [Delta(index=choice.index, kind=Kind.INJECTED)]
+        deltas[0].prompt_tokens = len(self._prompt)
+        deltas[0].prompt_token_ids = self._prompt if self._call.wants_token_ids else None
+        return deltas
+
+    async def _segment(self, choice: _Choice) -> AsyncGenerator[list[Delta], None]:
+        """One call of the backend; ends when the backend does, or at once when the chain does."""
+        segment = self._fields.segment(choice.chain, choice.index)
+        self._begin(choice, segment)
+        try:
+            async with aclosing(self._backend.extend(self._call, segment)) as batches:
+                async for batch in batches:
+                    out = self._take(choice, batch)
+                    if out:
+                        yield out
+                    if choice.is_over and not choice.is_finished:
+                        break  # cut by us: what the backend still had to say would be waste
+        except UpstreamUnreachable as exc:
+            if not self._has_begun:
+                raise
+            raise UpstreamError(exc.message) from exc
+        finally:
+            self._prompt_is_cached.set()
+        if not choice.is_over:
+            raise UpstreamError("The backend ended its stream before the choice was finished.")
+
+    def _take(self, choice: _Choice, batch: list[Delta]) -> list[Delta]:
+        """Make of a batch what the client may see, and note whether the segment is over."""
+        out: list[Delta] = []
+        for delta in batch:
+            if delta.usage is not None:
+                self._note_usage(choice, delta.usage)
+            elif choice.is_over:
+                self._run.tally.wasted += len(delta.token_ids)
+            else:
+                choice.is_finished = delta.finish_reason is not None
+                choice.is_over = self._read(choice, delta, out)
+        if not choice.is_over and self._time_is_up(choice):
+            out += self._shown(choice, Delta(), choice.chain.cut("seconds"))
+            choice.is_over = True
+        return out
+
+    def _read(self, choice: _Choice, delta: Delta, out: list[Delta]) -> bool:
+        """Make of one delta of a segment what the client may see; whether the segment is over."""
+        chain, ids = choice.chain, delta.token_ids
+        if delta.text and not ids:
+            raise UpstreamError("The backend does not return token ids any more.")
+        choice.sampled += len(ids)
+        if choice.sampled == len(ids):
+            choice.first_s = self._run.clock()
+        delta.index = choice.index
+        if chain.phase == "thinking":
+            self._prompt_is_cached.set()
+            step = self._think(choice, delta)
+            out += self._shown(choice, delta, step)
+        else:
+            step = chain.feed(ids, delta.finish_reason, delta.stop_reason)
+            self._run.tally.wasted += step.wasted
+            delta.kind, delta.answer, delta.token_ids = Kind.ANSWER, step.answer, step.ids
+            text = delta.text if not step.wasted else ""
+            delta.finish_reason = delta.stop_reason = None
+            delta.text, calls = choice.reader.push(text)
+            delta.tool_calls = calls or None
+            if step.is_over:
+                delta = self._last(choice, delta, chain.finish_reason or "stop", chain.stop_reason)
+            out.append(delta)
+        if step.is_over:
+            choice.ended_s = self._run.clock()
+        return step.is_over
+
+    def _think(self, choice: _Choice, delta: Delta) -> Step:
+        """Feed one delta of thinking to the chain, its text cut where the thinking ends."""
+        chain, ids = choice.chain, delta.token_ids
+        finish, stop = delta.finish_reason, delta.stop_reason
+        if choice.splitter is None:
+            step = chain.feed(ids, finish, stop)
+            if step.is_over:
+                delta.text = self._before_end(delta.text, step)
+            return step
+        pieces = choice.splitter.feed(delta.text)
+        if finish is not None:
+            pieces += choice.splitter.finish()
+        is_closed = any(kind is Kind.INJECTED for kind, _ in pieces)
+        delta.text = "".join(text for kind, text in pieces if kind is Kind.THINKING)
+        ids = choice.pending + ids
+        if not is_closed and choice.splitter.is_holding:
+            choice.pending = ids
+            delta.token_ids = []
+            return Step()
+        choice.pending = []
+        delta.token_ids = ids
+        if not is_closed:
+            return chain.feed(ids, finish, stop)
+        border = max(0, len(ids) - len(self._forcing.closing))
+        before, marker = chain.feed(ids[:border]), Step()
+        if not before.is_over:
+            marker = chain.close(ids[border:])
+        return before.plus(marker)
+
+    def _before_end(self, text: str, step: Step) -> str:
+        """The thinking text of a delta in which the thinking ends."""
+        if step.answer:
+            return text.partition(OPENING)[0]
+        if step.wasted and step.ended_by is not None:
+            return ""  # beyond the cap: how much of the text its first tokens wrote cannot be told
+        return text.partition(self._call.thinking.end)[0]
+
+    def _shown(self, choice: _Choice, delta: Delta, step: Step) -> list[Delta]:
+        """A step of the thinking as deltas: what was thought, what was forced, what already answers."""
+        out, index, tally = [], choice.index, self._run.tally
+        tally.wasted += step.wasted
+        forced = len(step.forced)
+        sampled = len(step.ids) - forced - step.answer
+        if delta.text or sampled or step.injected > forced:
+            delta.kind, delta.thinking, delta.injected = Kind.THINKING, step.thinking, step.injected - forced
+            delta.token_ids = step.ids[:sampled]
+            delta.finish_reason = delta.stop_reason = None
+            out.append(delta)
+        if forced:
+            is_wait = bool(step.shown) and choice.chain.phase == "thinking"
+            text = WAIT if is_wait else self._call.thinking.wrap_up if step.shown else ""
+            ids = list(step.forced)
+            out.append(Delta(index=index, kind=Kind.THINKING, text=text, injected=forced, token_ids=ids))
+        if step.answer:
+            content, calls = choice.reader.push(OPENING)
+            ids = step.ids[len(step.ids) - step.answer :]
+            out.append(Delta(index=index, text=content, answer=step.answer, token_ids=ids, tool_calls=calls or None))
+        if step.ended_by is not None:
+            out[-1].capped = step.ended_by == "cap"
+            self._run.enforced.ended_by = step.ended_by
+        self._run.enforced.waits += choice.chain.phase == "thinking" and bool(step.shown)
+        return out
+
+    def _last(self, choice: _Choice, delta: Delta, finish: str, stop: object) -> Delta:
+        """The delta with which a choice ends."""
+        if finish == "length":
+            self._run.enforced.spent = self._run.enforced.spent or self._envelope_spent(choice.chain)
+        content, calls = choice.reader.finish(cut=finish == "length")
+        delta.text += content
+        if calls:
+            delta.tool_calls = [*(delta.tool_calls or []), *calls]
+        if finish not in FINISH_REASONS:
+            finish, stop = "stop", finish
+        delta.finish_reason, delta.stop_reason = choice.reader.finish_reason(finish), stop
+        return delta
+
+    def _envelope_spent(self, chain: Chain) -> str | None:
+        """The part of the envelope because of which a choice has no room left, if it is one."""
+        if chain.room() > 0:
+            return None
+        if chain.output() < self._total:
+            return "envelope.usd"
+        return "envelope.tokens" if self._total < self._call.max_tokens else None
+
+    def _rules(self) -> ChainRules:
+        """What bounds each chain. Raises: InvalidRequest when the envelope cannot hold the prompt."""
+        run, thinking = self._run, self._call.thinking
+        total, purse = chain_bounds(
+            run.envelope, run.model.prices, prompt=len(self._prompt), choices=run.choices, total=self._call.max_tokens
+        )
+        self._total = total
+        if total <= 0 or (purse is not None and purse.femto_usd <= 0):
+            raise InvalidRequest(
+                f"The prompt alone ({len(self._prompt)} tokens) takes all of `thinkgate.envelope`.",
+                param="thinkgate.envelope",
+                code="envelope_too_small",
+            )
+        opener = self._found.tool_opener if self._plan.how == "auto" else None
+        return ChainRules(
+            cap=thinking.cap if thinking.cap is not None else total,
+            total=total,
+            answer_floor=thinking.answer_floor,
+            min_thinking=thinking.min_tokens,
+            answer_openers=frozenset() if opener is None else frozenset({opener}),
+            purse=purse,
+        )
+
+    def _tail(self) -> tuple[bool, bool]:
+        """Whether the prompt leaves the thinking open, or ends with a closed chain."""
+        forcing = self._forcing
+        if forcing.end_id is None:
+            return self._found.template_opens and self._call.thinking.enabled, False
+        for token_id in reversed(self._prompt[-TAIL_TOKENS:]):
+            if token_id in (forcing.start_id, forcing.end_id):
+                return token_id == forcing.start_id, token_id == forcing.end_id
+        return False, False
+
+    def _time_is_up(self, choice: _Choice) -> bool:
+        """Whether the thinking must end now, so that an answer still fits into the envelope's seconds."""
+        deadline_s = self._run.envelope.deadline_s
+        if deadline_s is None or choice.chain.phase != "thinking" or not choice.sampled:
+            return False
+        return thinking_is_over(
+            now_s=self._run.clock(),
+            deadline_s=deadline_s,
+            first_token_s=choice.first_s - choice.began_s,
+            sampling_s=self._run.clock() - choice.first_s,
+            sampled=choice.sampled,
+            answer_tokens=self._call.thinking.answer_floor,
+        )
+
+    def _begin(self, choice: _Choice, segment: Segment) -> None:
+        now_s = choice.began_s = self._run.clock()
+        choice.sampled = 0
+        choice.is_over = choice.is_finished = False
+        choice.is_first = choice.ended_s is None
+        if choice.ended_s is not None:
+            self._run.enforced.switches_s.append(now_s - choice.ended_s)
+            self._run.enforced.resent_tokens += len(segment.prompt)
+
+    def _note_usage(self, choice: _Choice, usage: Usage) -> None:
+        if not choice.is_first:
+            self._run.enforced.resent_cached_tokens += usage.cached_tokens or 0
+        elif self._cached is None:
+            self._cached = usage.cached_tokens

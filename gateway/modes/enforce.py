@@ -1,0 +1,82 @@
+"""Holding the cap of one call on the backend that serves it, and taking over where the backend does not.
+
+Owns: which generator of deltas carries a call out, and what a lying backend's choices may keep.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gateway.backends.port import Capabilities
+from gateway.enforcement import Needs, enforcement, instant_enforcement
+from gateway.modes.chains import Chains, TakeOver
+from gateway.modes.guard import Guard
+from gateway.modes.soft import soft_answers, with_effort
+
+if TYPE_CHECKING:
+    from budget.chain import Forcing
+    from gateway.models import Slot
+    from gateway.modes.flow import Batches, Run
+
+
+class Enforcement:
+    """How one request's cap is held, whichever slot it lands on.
+
+    Args:
+        needs: of the request.
+    """
+
+    __slots__ = ("_needs",)
+
+    def __init__(self, needs: Needs) -> None:
+        self._needs = needs
+
+    def begin(self, run: Run, slot: Slot) -> Batches:
+        """The call's deltas from `slot`. Raises: InvalidRequest for what it cannot serve under a cap."""
+        call, found = run.call, slot.capabilities or Capabilities()
+        if call.thinking.enabled:
+            run.enforced.how, _ = enforcement(found, self._needs, run.model.thinking.enforce, slot.config.kind)
+        else:
+            run.enforced.how = instant_enforcement(found, self._needs)
+        if run.enforced.how == "two_phase":
+            return Chains(run, slot.backend, found).deltas()
+        if run.enforced.how == "soft":
+            run.guard = Guard(run.tally, run.finished, run.choices, keeps_text=True)
+            return slot.backend.generate(with_effort(run, found))
+        keeps_ids = found.forcing is not None and self._needs.is_chat and not self._needs.has_media
+        if keeps_ids and call.thinking.cap is not None:
+            run.guard = Guard(run.tally, run.finished, run.choices, keeps_ids=True)
+        return slot.backend.generate(call)
+
+    def take_over(self, run: Run, slot: Slot) -> Batches:
+        """The lost choices, continued within the cap from what the client has seen of them."""
+        guard, found = run.guard, slot.capabilities or Capabilities()
+        assert guard is not None
+        run.guard = None
+        run.enforced.overrun += guard.overrun
+        lost = sorted(guard.lost)
+        thinking = {index: run.tally.thinking_by_choice.get(index, 0) for index in lost}
+        run.tally.capped, run.enforced.ended_by = True, "cap"
+        run.tally.most_thinking = max(run.tally.thinking_by_choice.values(), default=0)
+        if run.enforced.how == "soft":
+            thoughts = {index: "".join(guard.thoughts.get(index, ())) for index in lost}
+            return soft_answers(run, slot.backend, found, thoughts, thinking)
+        slot.distrust()
+        run.enforced.how = "two_phase"
+        assert found.forcing is not None
+        kept = [_kept(index, guard.ids.get(index, []), found.forcing) for index in lost]
+        return Chains(run, slot.backend, found).deltas(kept)
+
+
+def _kept(index: int, ids: list[int], forcing: Forcing) -> TakeOver:
+    """A lost choice by what was delivered of its output."""
+    kept = TakeOver(index, ids)
+    for token_id in ids:
+        if token_id in (forcing.start_id, forcing.end_id):
+            kept.injected += 1
+            kept.has_closed = token_id == forcing.end_id
+        elif kept.has_closed:
+            kept.answer += 1
+        else:
+            kept.thinking += 1
+    return kept

@@ -1,0 +1,106 @@
+"""Watching that a backend holds its cap, and knowing what each choice may keep when it does not.
+
+Owns: dropping thinking beyond the cap, telling a slip from a lie, and remembering what was delivered, so that
+a lost choice can be taken over. O(1) per delta.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gateway.backends.port import Delta, Kind
+
+if TYPE_CHECKING:
+    from gateway.tally import Tally
+
+GRACE_TOKENS = 8
+
+
+class Guard:
+    """Over one call.
+
+    Args:
+        tally: counts of the request.
+        finished: choices that have a finish_reason; a lost one is taken out again.
+        choices: how many there are.
+        keeps_ids: choices can be taken over by token ids.
+        keeps_text: choices can be taken over by the text of their thinking.
+
+    Attributes:
+        lost: choices that think on past the cap and its grace, or ended like that.
+        overrun: thinking tokens the backend sent beyond the cap.
+        ids: delivered output by choice.
+        thoughts: delivered thinking text by choice.
+    """
+
+    __slots__ = (
+        "_choices",
+        "_finished",
+        "_keeps_ids",
+        "_keeps_text",
+        "_over",
+        "_tally",
+        "ids",
+        "lost",
+        "overrun",
+        "thoughts",
+    )
+
+    def __init__(
+        self, tally: Tally, finished: set[int], choices: int, *, keeps_ids: bool = False, keeps_text: bool = False
+    ) -> None:
+        self._tally, self._finished, self._choices = tally, finished, choices
+        self._keeps_ids, self._keeps_text = keeps_ids, keeps_text
+        self._over: dict[int, int] = {}
+        self.lost: set[int] = set()
+        self.overrun = 0
+        self.ids: dict[int, list[int]] = {}
+        self.thoughts: dict[int, list[str]] = {}
+
+    def can_take_over(self) -> bool:
+        """Whether a lost choice can go on."""
+        return self._keeps_ids or self._keeps_text
+
+    def remember(self, deltas: list[Delta]) -> None:
+        """Keep what a lost choice would go on from."""
+        for delta in deltas:
+            if self._keeps_ids and delta.token_ids:
+                self.ids.setdefault(delta.index, []).extend(delta.token_ids)
+            elif self._keeps_text and delta.kind is Kind.THINKING:
+                self.thoughts.setdefault(delta.index, []).append(delta.text)
+
+    def within(self, deltas: list[Delta], cap: int) -> list[Delta]:
+        """Deltas up to the cap; the thinking of one that goes beyond is moved to `wasted`: it reaches no client."""
+        used = dict(self._tally.thinking_by_choice)
+        for delta in deltas:
+            used[delta.index] = used.get(delta.index, 0) - delta.thinking
+        kept = []
+        for delta in deltas:
+            before = used[delta.index]
+            used[delta.index] += delta.thinking
+            if delta.index in self.lost:
+                self._tally.waste(delta)
+            elif delta.thinking and used[delta.index] > cap:
+                self._drop(delta, used[delta.index] - max(cap, before))
+            elif delta.finish_reason is not None and delta.index in self._over and not delta.answer:
+                self._lose(delta.index)
+            else:
+                if delta.answer:
+                    self._over.pop(delta.index, None)  # it slipped, and came back
+                kept.append(delta)
+        return kept
+
+    def is_lost(self) -> bool:
+        """Whether some choice is lost, and every other one finished."""
+        return bool(self.lost) and len(self.lost) + len(self._finished) >= self._choices
+
+    def _drop(self, delta: Delta, over: int) -> None:
+        self._tally.waste(delta)
+        self.overrun += over
+        self._over[delta.index] = self._over.get(delta.index, 0) + over
+        if self._over[delta.index] > GRACE_TOKENS or delta.finish_reason is not None:
+            self._lose(delta.index)
+
+    def _lose(self, index: int) -> None:
+        self.lost.add(index)
+        self._finished.discard(index)

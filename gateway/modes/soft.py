@@ -1,0 +1,120 @@
+"""The soft fallback: a cap on servers that take neither a cap nor token ids.
+
+Owns: asking for less thinking by effort, and going on in a second chat call when the thinking was cut off.
+It is announced as `soft`: the cut comes when more than the cap has arrived, tokens are counted by events, and
+the server may think again before it answers; that thinking is dropped and counted as wasted.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from budget.cap import effort_within
+from gateway.backends.port import Call, Capabilities, Delta, Kind, Thinking, Usage
+from gateway.modes.merge import merged
+
+if TYPE_CHECKING:
+    from gateway.backends.port import Backend
+    from gateway.modes.flow import Batches, Run
+
+ANSWER_NOW = "Time is up. Answer my question now, from the thoughts above, without thinking any further."
+LEAST_EFFORT = "low"
+
+
+def with_effort(run: Run, found: Capabilities) -> Call:
+    """The call, with the effort whose share of the model's thinking the cap allows, unless the client named one."""
+    call = run.call
+    if not found.takes_effort or "reasoning_effort" in call.fields or call.thinking.cap is None:
+        return call
+    effort = effort_within(call.thinking.cap, run.model.bounds(None, None, None))
+    return msgspec.structs.replace(call, fields={**call.fields, "reasoning_effort": _raw(effort)})
+
+
+async def soft_answers(
+    run: Run, backend: Backend, found: Capabilities, thoughts: dict[int, str], thinking: dict[int, int]
+) -> Batches:
+    """Answers to choices whose thinking was cut off.
+
+    Args:
+        run: the request.
+        backend: that cut them off.
+        found: what it was measured to do.
+        thoughts: by choice, the thinking that the client has seen.
+        thinking: by choice, about how many tokens that was.
+
+    Raises: as `Backend.generate`.
+    """
+    usages: list[Usage] = []
+    streams = [
+        _answer(run, backend, _second_call(run.call, found, text, thinking[index]), index, usages)
+        for index, text in sorted(thoughts.items())
+    ]
+    received = run.tally.thinking + run.tally.answer + run.tally.injected
+    async with aclosing(merged(streams)) as batches:
+        async for batch in batches:
+            yield batch
+    run.tally.is_guess = True  # the first call was cut before it told its usage
+    if usages:
+        # The second prompt repeats the first and the thoughts, which are counted already.
+        repeated = max(thinking.values(), default=0)
+        yield [
+            Delta(
+                usage=Usage(
+                    prompt_tokens=max(0, usages[0].prompt_tokens - repeated),
+                    completion_tokens=received + sum(usage.completion_tokens for usage in usages),
+                    cached_tokens=None,
+                    reasoning_tokens=run.tally.thinking,
+                )
+            )
+        ]
+
+
+async def _answer(run: Run, backend: Backend, call: Call, index: int, usages: list[Usage]) -> Batches:
+    """One choice's answer; thinking in it is dropped, and ends it when there is more than the cap."""
+    dropped = 0
+    cap = run.call.thinking.cap or 0
+    async with aclosing(backend.generate(call)) as batches:
+        async for batch in batches:
+            out: list[Delta] = []
+            for delta in batch:
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+                    continue
+                delta.index = index
+                if delta.kind is Kind.THINKING:
+                    dropped += delta.thinking
+                    run.tally.wasted += delta.thinking + delta.answer + delta.injected
+                    if delta.finish_reason is not None:
+                        out.append(Delta(index=index, finish_reason=delta.finish_reason))
+                    continue
+                delta.wire = b""  # it has another id, and perhaps another index
+                out.append(delta)
+            if out:
+                yield out
+            if dropped > cap:
+                yield [Delta(index=index, finish_reason="length")]
+                return
+
+
+def _second_call(call: Call, found: Capabilities, thoughts: str, thinking: int) -> Call:
+    """The call that asks for the answer: the conversation, the thoughts as the assistant's, and that time is up."""
+    messages: list[object] = msgspec.json.decode(call.fields["messages"])
+    marks = call.thinking
+    said = {"role": "assistant", "content": f"{marks.start}\n{thoughts}{marks.wrap_up}{marks.end}"}
+    fields = {**call.fields, "messages": _raw([*messages, said, {"role": "user", "content": ANSWER_NOW}])}
+    if found.takes_effort:
+        fields["reasoning_effort"] = _raw(LEAST_EFFORT)
+    return msgspec.structs.replace(
+        call,
+        fields=fields,
+        thinking=Thinking(enabled=False, cap=0, start=marks.start, end=marks.end),
+        max_tokens=max(1, call.max_tokens - thinking),
+        n=1,
+    )
+
+
+def _raw(value: object) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
