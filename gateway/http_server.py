@@ -1,21 +1,28 @@
 """uvicorn's HTTP protocol with bounds on what comes before a request: the size and the time of its head.
 
-Owns: the limits that uvicorn's httptools implementation lacks, and refusals in our error format where no
-request reached the app. One sweep a second, O(connections), replaces a timer per request.
+Owns: the limits that uvicorn's httptools implementation lacks, refusals in our error format where no
+request reached the app, and a short way for responses that are there as a whole. One sweep a second,
+O(connections), replaces a timer per request.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.coalesce import CoalescedTransport
+from gateway.edge import WHOLE_RESPONSE
 from gateway.errors import GatewayError, HeadTooLarge, InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+    from gateway.errors import Headers
 
 MAX_HEAD_BYTES = 64 * 1024
 SWEEP_S = 1.0
@@ -53,9 +60,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is whole; the app runs in a later turn of the loop."""
         self.head_since_s = None
         super().on_headers_complete()
+        self.scope["extensions"] = {WHOLE_RESPONSE: partial(respond, self.cycle)}  # type: ignore[dict-item]  # ours
 
     def send_400_response(self, msg: str) -> None:
         """Broken HTTP, in the error format of everything else."""
@@ -71,6 +79,34 @@ class GuardedProtocol(HttpToolsProtocol):
             b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (error.http_status, len(body), body)
         )
         self.transport.close()
+
+
+def respond(cycle: RequestResponseCycle, status: int, headers: Headers, body: bytes) -> bool:
+    """Write a whole response; `headers` name its length. False, with nothing written, where uvicorn must do it.
+
+    uvicorn takes a response in two messages and looks at each header for what it might mean. Here that is
+    known; whatever else is out of the ordinary is left to uvicorn, also a header that would end its line.
+    """
+    if (
+        cycle.response_started
+        or cycle.disconnected
+        or cycle.flow.write_paused
+        or cycle.access_log
+        or not cycle.keep_alive
+        or cycle.scope["method"] == "HEAD"
+    ):
+        return False
+    lines = [b"%b: %b\r\n" % header for header in headers]
+    lines += [b"%b: %b\r\n" % header for header in cycle.default_headers]
+    head = b"".join(lines)
+    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+        return False
+    cycle.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, body))
+    cycle.response_started = cycle.response_complete = True
+    cycle.waiting_for_100_continue = False
+    cycle.message_event.set()
+    cycle.on_response()
+    return True
 
 
 async def sweep_heads(connections: Iterable[object], patience_s: float) -> None:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from budget.ledger import Amounts
 from gateway.app import Gateway
 from gateway.backends.http import Pool
 from gateway.backends.http_backend import HttpBackend
 from gateway.config import Config
+from gateway.http_server import GuardedProtocol
 from gateway.models import Slot
 from gateway.watch import Watched
 from tests.scripted_backend import ScriptedBackend
@@ -73,8 +73,8 @@ class LogEvents(logging.Handler):
         return found[count - 1]
 
 
-class ClientProtocol(HttpToolsProtocol):
-    """uvicorn's, which says when a client's connection takes no more for now."""
+class ClientProtocol(GuardedProtocol):
+    """The server's, which says when a client's connection takes no more for now."""
 
     blocked: asyncio.Event
 

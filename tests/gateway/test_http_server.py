@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
 
+from gateway.edge import WHOLE_RESPONSE, Exchange
 from gateway.http_server import MAX_HEAD_BYTES, GuardedProtocol, sweep_heads
 
 if TYPE_CHECKING:
@@ -26,8 +28,20 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with the request's own query as a header; the short way, unless the path is /usual."""
+    if scope["path"] == "/usual":
+        del scope["extensions"][WHOLE_RESPONSE]
+    await Exchange(scope, receive, send).respond(200, [(b"x-query", scope["query_string"])], b"ok")
+
+
+async def strange(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with a header that would end its line."""
+    await Exchange(scope, receive, send).respond(200, [(b"x", b"1\r\ny: 2")], b"ok")
+
+
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[uvicorn.Server, int]]:
+async def serving(app: Any = app) -> AsyncIterator[tuple[uvicorn.Server, int]]:
     """A server with the guarded protocol, and its port."""
     config = uvicorn.Config(app, port=0, http=GuardedProtocol, lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
@@ -47,7 +61,7 @@ async def talk(port: int, *pieces: bytes) -> bytes:
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
-        return await reader.read(4096)
+        return await reader.read()
     finally:
         writer.close()
 
@@ -98,3 +112,41 @@ async def test_head_that_never_ends_is_cut_by_the_sweep() -> None:
         finally:
             sweeping.cancel()
             slow_writer.close()
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET %b?q HTTP/1.1\r\nhost: x\r\n",
+        b"GET %b?q HTTP/1.1\r\nhost: x\r\nconnection: close\r\n",
+        b"GET %b?q HTTP/1.0\r\nhost: x\r\n",
+        b"HEAD %b?q HTTP/1.1\r\nhost: x\r\n",
+        b"POST %b?q HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 0\r\n",
+    ],
+)
+async def test_whole_response_is_what_uvicorn_would_write(request_head: bytes) -> None:
+    """The short way writes the same head and body, and keeps or closes the connection alike."""
+    async with serving(whole) as (_, port):
+        heads_and_bodies = []
+        for path in (b"/usual", b"/short"):
+            last = b"GET /usual HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+            answer = await talk(port, request_head % path + b"x-request-id: 1\r\n\r\n", last)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            heads_and_bodies.append((sorted(line for line in head.split(b"\r\n") if b"date" not in line), body[:2]))
+    assert heads_and_bodies[0] == heads_and_bodies[1]
+    assert b"x-query: q" in heads_and_bodies[1][0]
+
+
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    """Each response goes to the request that it is for."""
+    asks = b"".join(b"GET /short?%d HTTP/1.1\r\nhost: x\r\n\r\n" % number for number in range(3))
+    async with serving(whole) as (_, port):
+        answer = await talk(port, asks + b"GET /short?3 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert re.findall(rb"x-query: (\d)", answer) == [b"0", b"1", b"2", b"3"]
+
+
+async def test_header_that_would_end_its_line_is_not_written(caplog: pytest.LogCaptureFixture) -> None:
+    """A value with a line break makes no second header: the request fails instead."""
+    async with serving(strange) as (_, port):
+        answer = await talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert b"y: 2" not in answer
