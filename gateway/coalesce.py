@@ -22,11 +22,12 @@ class CoalescedTransport:
         loop: whose turns count.
     """
 
-    __slots__ = ("_held", "_held_bytes", "_loop", "_transport")
+    __slots__ = ("_held", "_held_bytes", "_loop", "_transport", "is_closing")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
+        self.is_closing = transport.is_closing  # asked twice per request
         self._held: list[bytes] = []
         self._held_bytes = 0
 

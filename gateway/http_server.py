@@ -2,7 +2,7 @@
 
 Owns: the limits that uvicorn's httptools implementation lacks, refusals in our error format where no
 request reached the app, and a short way for responses that are there as a whole. One sweep a second,
-O(connections), replaces a timer per request.
+O(connections), replaces two timers per request.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ class GuardedProtocol(HttpToolsProtocol):
 
     Attributes:
         head_since_s: loop time at which the head that is still coming began; None outside a head.
+        idle_since_s: loop time at which the last response ended; None once another request began.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # uvicorn's own
         super().__init__(*args, **kwargs)
         self.head_since_s: float | None = None
+        self.idle_since_s: float | None = None
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -57,6 +59,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """A head begins."""
         super().on_message_begin()
         self.head_since_s = self.loop.time()
+        self.idle_since_s = None
         self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
@@ -64,6 +67,22 @@ class GuardedProtocol(HttpToolsProtocol):
         self.head_since_s = None
         super().on_headers_complete()
         self.scope["extensions"] = {WHOLE_RESPONSE: partial(respond, self.cycle)}  # type: ignore[dict-item]  # ours
+
+    def on_response_complete(self) -> None:
+        """The next request may come, unless it is here already: then uvicorn begins it."""
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        self.idle_since_s = self.loop.time()
+
+    def look(self, now_s: float, patience_s: float) -> None:
+        """End what takes too long: a head, or an idle connection; the sweep calls this."""
+        if self.head_since_s is not None and now_s - self.head_since_s > patience_s:
+            self.transport.abort()
+        elif self.idle_since_s is not None and now_s - self.idle_since_s > self.timeout_keep_alive:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Broken HTTP, in the error format of everything else."""
@@ -110,11 +129,10 @@ def respond(cycle: RequestResponseCycle, status: int, headers: Headers, body: by
 
 
 async def sweep_heads(connections: Iterable[object], patience_s: float) -> None:
-    """Cut connections whose head is not whole after `patience_s`, until cancelled."""
+    """Cut connections whose head is not whole after `patience_s`, and close idle ones, until cancelled."""
     while True:
         await asyncio.sleep(SWEEP_S)
         now_s = asyncio.get_running_loop().time()
         for connection in list(connections):
-            since_s = connection.head_since_s if isinstance(connection, GuardedProtocol) else None
-            if since_s is not None and now_s - since_s > patience_s:
-                connection.transport.abort()  # type: ignore[attr-defined]  # it is a GuardedProtocol
+            if isinstance(connection, GuardedProtocol):
+                connection.look(now_s, patience_s)

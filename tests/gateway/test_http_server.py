@@ -114,6 +114,25 @@ async def test_head_that_never_ends_is_cut_by_the_sweep() -> None:
             slow_writer.close()
 
 
+async def test_idle_connection_is_closed_by_the_sweep() -> None:
+    """A connection is kept for uvicorn's `timeout_keep_alive` after a response, then closed; a busy one is not."""
+    async with serving() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+            connection: Any = next(iter(server.server_state.connections))
+            idle_since_s = connection.idle_since_s
+            connection.look(idle_since_s + server.config.timeout_keep_alive, 0.0)
+        connection.on_message_begin()
+        connection.look(idle_since_s + server.config.timeout_keep_alive + 1, 1e9)
+        assert not connection.transport.is_closing()
+        connection.on_response_complete()
+        connection.look(idle_since_s + 1e9, 1e10)
+        assert await is_cut(reader)
+        writer.close()
+
+
 @pytest.mark.parametrize(
     "request_head",
     [
