@@ -115,12 +115,12 @@ def respond(cycle: RequestResponseCycle, status: int, headers: Headers, body: by
         or cycle.scope["method"] == "HEAD"
     ):
         return False
-    lines = [b"%b: %b\r\n" % header for header in headers]
-    lines += [b"%b: %b\r\n" % header for header in cycle.default_headers]
-    head = b"".join(lines)
-    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+    headers = [*headers, *cycle.default_headers]
+    head = b"\r\n".join(map(b": ".join, headers))
+    line_ends = len(headers) - 1
+    if head.count(b"\n") != line_ends or head.count(b"\r") != line_ends:
         return False
-    cycle.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, body))
+    cycle.transport.write(b"%b%b\r\n\r\n%b" % (STATUS_LINE[status], head, body))
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
     cycle.message_event.set()
