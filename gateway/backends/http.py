@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gateway.config import Timeouts
 
 HIGH_WATER_BYTES = 256 * 1024
-IDLE_KEEP_S = 3.0  # uvicorn, and so vLLM, closes idle connections after 5 s: be the first
+IDLE_KEEP_S = 3.0  # after the last byte; uvicorn, and so vLLM, closes idle connections after 5 s: be the first
 ENDING_S = 1.0  # how long an answer that was read to its end may take to end its HTTP message
 MAX_IDLE = 512
 
@@ -52,7 +52,6 @@ class Connection(asyncio.Protocol):
         "content_type",
         "deadline",
         "done",
-        "idle_since",
         "last_read",
         "reused",
         "status",
@@ -71,12 +70,13 @@ class Connection(asyncio.Protocol):
         self.reused = False
         self.status = 0
         self.content_type = b""
-        self.deadline = self.last_read = self.idle_since = 0.0
+        self.deadline = self.last_read = 0.0
 
     # -- what asyncio calls
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember the transport."""
+        """Remember the transport; one parser serves all exchanges, for after a message it awaits the next."""
         self._transport = CoalescedTransport(transport, self._loop)  # type: ignore[arg-type]  # TCP gives a Transport
+        self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrived and wake the reader."""
@@ -104,6 +104,11 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     # -- what httptools calls
+    def on_message_begin(self) -> None:
+        """Raises: UpstreamError, which the parser passes on as its own, for a message after the last one."""
+        if self.done:
+            raise UpstreamError("The backend sent more than its answer.")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep the one header that matters."""
         if len(name) == 12 and name.lower() == b"content-type":
@@ -131,7 +136,6 @@ class Connection(asyncio.Protocol):
     # -- what the pool and the backend call
     def start(self, data: bytes, *, first_byte_s: float) -> None:
         """Send one request; the previous exchange must be complete."""
-        self._parser = httptools.HttpResponseParser(self)
         self._head_done = self.done = self._keep_alive = self._is_ending = False
         self._is_silent = True
         self.last_read = self._loop.time()
@@ -143,31 +147,25 @@ class Connection(asyncio.Protocol):
         while not self._head_done:
             if self._error is not None:
                 raise self._error
-            await self._wait()
+            await self._more()
 
     async def read(self) -> bytes:
         """The next piece of the body, all that arrived; empty at its end.
 
         Raises: UpstreamError when the backend breaks off, DeadlinePassed when it falls silent.
         """
-        while True:
-            if self._body:
-                body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-                self._body.clear()
-                self._buffered = 0
-                if self._paused:
-                    self._paused = False
-                    self.last_read = self._loop.time()
-                    self._transport.resume_reading()
-                return body
+        while not self._body:
             if self.done:
                 return b""
             if self._error is not None:
                 raise self._error
-            await self._wait()
+            await self._more()
+        return self._take()
 
     async def read_all(self, limit_bytes: int) -> bytes:
         """The whole body. Raises: UpstreamError when it is longer than `limit_bytes`."""
+        if self.done and self._buffered <= limit_bytes and self._error is None:
+            return self._take()  # all of it came with the head
         pieces, size = [], 0
         while piece := await self.read():
             pieces.append(piece)
@@ -177,6 +175,17 @@ class Connection(asyncio.Protocol):
         if self._error is not None:
             raise self._error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take(self) -> bytes:
+        """What is buffered; reading goes on if it was paused."""
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        self._buffered = 0
+        if self._paused:
+            self._paused = False
+            self.last_read = self._loop.time()
+            self._transport.resume_reading()
+        return body
 
     def end(self) -> None:
         """Let the rest of the message, of which nothing is needed, arrive by itself; then back to the pool."""
@@ -221,12 +230,10 @@ class Connection(asyncio.Protocol):
         """Whether another exchange may be started."""
         return not self._lost and not self._transport.is_closing()
 
-    async def _wait(self) -> None:
+    def _more(self) -> asyncio.Future[None]:
+        """To be awaited: done when something has happened."""
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -295,8 +302,9 @@ class Pool:
         head = self._heads.get(key)
         if head is None:
             head = self._heads[key] = f"{method} {self._prefix}{path} {self._fixed}".encode()
-        more = b"".join(b"%b: %b\r\n" % pair for pair in extra)
-        return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, more, len(body), body)
+        if extra:
+            head += b"".join([b"%b: %b\r\n" % pair for pair in extra])
+        return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
@@ -327,7 +335,6 @@ class Pool:
         if len(self._idle) >= MAX_IDLE:
             connection.abort(UpstreamError("too many idle connections"))
             return
-        connection.idle_since = self.loop.time()
         self._idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
@@ -341,7 +348,7 @@ class Pool:
         now = self.loop.time()
         for connection in list(self._open):
             connection.check_time(now, self._timeouts.idle_s)
-        keep = [c for c in self._idle if now - c.idle_since < IDLE_KEEP_S and c.is_open()]
+        keep = [c for c in self._idle if now - c.last_read < IDLE_KEEP_S and c.is_open()]
         for connection in set(self._idle).difference(keep):
             connection.abort(UpstreamError("idle"))
         self._idle = keep

@@ -207,6 +207,16 @@ async def test_bytes_nobody_asked_for_end_a_connection(pool: Pool, scripted: Scr
     assert [exchange.connection for exchange in scripted.exchanges] == [0, 1]
 
 
+@pytest.mark.parametrize("more", [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nno", b"HTTP/1.1 2", b"nonsense"])
+async def test_message_after_the_answer_is_an_error(pool: Pool, scripted: ScriptedBackend, more: bytes) -> None:
+    """What comes in one packet with an answer, beyond its end, is never taken for an answer to the next exchange."""
+    scripted.routes["/twice"] = Reply(raw=b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok" + more)
+    with pytest.raises(UpstreamError, match="broken HTTP"):
+        await fetch(pool, "/twice")
+    assert await fetch(pool) == b"ok"
+    assert [exchange.connection for exchange in scripted.exchanges] == [0, 1]
+
+
 async def test_end_of_a_message_is_not_waited_for(gateway: Live, scripted: ScriptedBackend) -> None:
     """After [DONE] the client has its answer though the message goes on; once it ends, the connection is used again."""
     gate = Gate()
