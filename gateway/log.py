@@ -99,15 +99,13 @@ class LineWriter:
 
     def _flush(self) -> None:
         # One by one, so that a line that is written meanwhile is neither lost nor written twice.
-        out = [_encoder.encode(self._pending.popleft().publish()).decode() for _ in range(len(self._pending))]
+        out: list[Any] = [self._pending.popleft().publish() for _ in range(len(self._pending))]
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            out.append(
-                msgspec.json.encode({"level": "warning", "event": "log lines dropped", "count": dropped}).decode()
-            )
+            out.append({"level": "warning", "event": "log lines dropped", "count": dropped})
         try:
             if out:
-                self._stream.write("\n".join(out) + "\n")
+                self._stream.write(_encoder.encode_lines(out).decode())
                 self._stream.flush()
         except (OSError, ValueError):  # nobody reads any more: serving goes on, and later lines may get through
             self._dropped += len(out)
