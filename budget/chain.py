@@ -175,13 +175,12 @@ class Chain:
             self._close(step, ())
         return step
 
-    def resume(self, ids: Sequence[int], *, thinking: int, answer: int, injected: int, has_closed: bool) -> Step:
+    def resume(self, ids: Sequence[int], *, thinking: int, answer: int, injected: int, has_closed: bool) -> None:
         """Take over a choice that its backend did not hold to the cap; `ids` are what is kept of its output."""
         self.ids += ids
         self.phase = "answer" if has_closed else "thinking"
         self.thinking, self.answer, self.injected = thinking, answer, injected
         self._pay(thinking, answer + injected)
-        return self.cut("cap")
 
     def is_over(self) -> bool:
         """Whether the choice has its finish_reason."""

@@ -70,16 +70,23 @@ class Slot:
         self.failure = why
         self.suspect.set()
 
-    def distrust(self) -> None:
-        """It let thinking go past a cap it was measured to hold: two-phase from now on, until probed again."""
+    def distrust(self, *, instant: bool = False) -> None:
+        """It let thinking go past what it was measured to hold: held another way from now on, until probed again.
+
+        Args:
+            instant: it thought in instant mode; else past a cap.
+        """
         found = self.capabilities
-        if found is None or not found.cap_binds:
+        if found is None or not (found.instant_is_quiet if instant else found.cap_binds):
             return
         self.lies += 1
         pause_s = min(TRUST_AGAIN_S * 2 ** (self.lies - 1), TRUST_AGAIN_MOST_S)
         log.error("backend ignored its cap", extra={"backend": self.config.id, "not_trusted_s": pause_s})
-        detail = {**found.detail, "cap": f"ignored in service, {self.lies} times"}
-        found = dataclasses.replace(found, cap_binds=False, cap_binds_with_tools=False, detail=detail)
+        if instant:
+            found = dataclasses.replace(found, instant_is_quiet=False)
+        else:
+            detail = {**found.detail, "cap": f"ignored in service, {self.lies} times"}
+            found = dataclasses.replace(found, cap_binds=False, cap_binds_with_tools=False, detail=detail)
         self.capabilities = found
         if isinstance(self.backend, HttpBackend):
             self.backend.capabilities = found

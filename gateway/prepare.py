@@ -21,6 +21,7 @@ from gateway.extension import CapReport
 from gateway.fields import check_choices, check_media, upstream_fields
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
+from gateway.modes.reasoning import Stops
 from gateway.modes.summary import most_used
 from gateway.request import RawFields, parse_chat, parse_completion
 from gateway.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_MARGIN_TOKENS = 256
 MEDIA_PART_TOKENS = 4096
+NO_STOPS = Stops()
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -47,7 +49,6 @@ class Prepared(msgspec.Struct, frozen=True):
         slack: output tokens per choice that holding it may waste.
         aside: the most prompt and output tokens of all calls on the side; none: no summary will be made.
         stops: stop strings the gateway matches itself.
-        keep_stop: leave the matched one in the text.
     """
 
     ask: Ask
@@ -59,8 +60,7 @@ class Prepared(msgspec.Struct, frozen=True):
     enforcer: Enforcement
     slack: int = 0
     aside: tuple[int, int] = (0, 0)
-    stops: tuple[str, ...] = ()
-    keep_stop: bool = False
+    stops: Stops = NO_STOPS
 
     @property
     def choices(self) -> int:
@@ -101,7 +101,7 @@ def prepare(
     decision, bounds, cap, report, slack = _bounded(ask, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
     max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
-    stops, keep_stop, raw = _own_stops(raw) if is_thinking else ((), False, raw)
+    stops, raw = _own_stops(raw, in_thinking=ask.stop_in_thinking) if is_thinking else (NO_STOPS, raw)
     thinking = model.thinking
     call = Call(
         surface=surface,
@@ -130,7 +130,7 @@ def prepare(
     aside = _aside(ask, call)
     ceiling = _ceiling(ask, prompt_bound, model, report.tokens, max_tokens + slack, aside)
     enforcer = Enforcement(needs)
-    return Prepared(ask, model, decision, call, report, ceiling, enforcer, slack, aside, stops, keep_stop)
+    return Prepared(ask, model, decision, call, report, ceiling, enforcer, slack, aside, stops)
 
 
 class _Bounded(NamedTuple):
@@ -291,14 +291,14 @@ def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model, forced: int
     return ask.total_max
 
 
-def _own_stops(raw: RawFields) -> tuple[tuple[str, ...], bool, RawFields]:
+def _own_stops(raw: RawFields, *, in_thinking: bool) -> tuple[Stops, RawFields]:
     """Take `stop` out of the backend's fields: in reasoning mode the gateway matches it."""
     if "stop" not in raw:
-        return (), False, raw
+        return NO_STOPS, raw
     stop = msgspec.json.decode(raw["stop"]) or []
     keep = bytes(raw.get("include_stop_str_in_output") or b"") == b"true"
     rest = {name: value for name, value in raw.items() if name not in {"stop", "include_stop_str_in_output"}}
-    return ((stop,) if isinstance(stop, str) else tuple(stop)), keep, rest
+    return Stops((stop,) if isinstance(stop, str) else tuple(stop), keep, in_thinking), rest
 
 
 def _aside(ask: Ask, call: Call) -> tuple[int, int]:

@@ -99,6 +99,7 @@ class Extension(Struct, forbid_unknown_fields=True):
     thinking_tokens: Count | None = None
     min_thinking_tokens: Count | None = None
     answer_tokens_min: Count | None = None
+    stop_in_thinking: bool | None = None
     envelope: EnvelopeFields | None = None
     plan: Literal["off", "auto", "on"] | None = None
     search: dict[str, Any] | None = None

@@ -37,6 +37,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         mode_field: the field that decided `mode`; None for `auto`.
         thinking_tokens: explicit cap; UNCAPPED for the most that is allowed; None when no number is given.
         thinking_field: the field that gave it.
+        stop_in_thinking: `stop` is looked for in the thinking, too.
         min_thinking: fewest thinking tokens per choice (`thinkgate.min_thinking_tokens`), at most an explicit
             cap and less than the total; thinking that ends earlier is continued. 0: it ends where it ends.
         effort: effort word, or None.
@@ -64,6 +65,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     thinking_tokens: int | None = None
     thinking_field: str | None = None
     min_thinking: int = 0
+    stop_in_thinking: bool = False
     effort: str | None = None
     effort_field: str | None = None
     total_max: int | None = None
@@ -174,6 +176,7 @@ def _ask(fields: Common, model: str, said: Said, total: int | None, total_field:
         thinking_tokens=said.tokens,
         thinking_field=said.tokens_field or None,
         min_thinking=said.least,
+        stop_in_thinking=extension is not None and extension.stop_in_thinking is True,
         effort=said.effort,
         effort_field=said.effort_field or None,
         total_max=total,

@@ -135,7 +135,7 @@ class Answer:
     def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         if self._prepared.decision.mode == "instant":
             return instant(self._run)
-        deltas = reasoning(self._run, self._prepared.stops, keep_stop=self._prepared.keep_stop)
+        deltas = reasoning(self._run, self._prepared.stops)
         return deltas if self._summaries is None else self._summaries.deltas(deltas)
 
     async def _plain(self) -> None:

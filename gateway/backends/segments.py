@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 WAIT = "Wait"
 FORBIDDEN_BIAS = -100
-ANSWER_FIELDS = ("response_format", "structured_outputs")
+# `stop` is there in instant mode only; in reasoning mode the gateway looks for it.
+ANSWER_FIELDS = ("response_format", "structured_outputs", "stop", "include_stop_str_in_output")
 
 PROMPT_FIELDS = (
     "messages",
@@ -114,7 +115,8 @@ class SegmentFields:
         self._top_logprobs = (_decoded(fields, "top_logprobs") or 0) if _decoded(fields, "logprobs") else None
         self._answer = {name: fields[name] for name in ANSWER_FIELDS if name in fields}
         if plan.structured_outputs is not None:
-            self._answer = {"structured_outputs": _raw(plan.structured_outputs)}
+            self._answer.pop("response_format", None)
+            self._answer["structured_outputs"] = _raw(plan.structured_outputs)
         self._bias = {"logit_bias": fields["logit_bias"]} if "logit_bias" in fields else {}
         if plan.how == "auto" and "skip_special_tokens" not in fields:
             self._answer["skip_special_tokens"] = _raw(False)  # some vocabularies call the calls' tags special

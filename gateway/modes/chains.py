@@ -43,6 +43,7 @@ class TakeOver:
         ids: its output so far.
         thinking, answer, injected: tokens among them.
         has_closed: it was answering already.
+        begins_call: it began a tool call inside its thinking.
     """
 
     index: int
@@ -51,6 +52,7 @@ class TakeOver:
     answer: int = 0
     injected: int = 0
     has_closed: bool = False
+    begins_call: bool = False
 
 
 @dataclass(slots=True)
@@ -110,13 +112,7 @@ class Chains:
             chain = Chain(self._prompt, self._forcing, rules, is_open=is_open, has_closed=has_closed)
             if isinstance(which, TakeOver):
                 index = which.index
-                step = chain.resume(
-                    which.ids,
-                    thinking=which.thinking,
-                    answer=which.answer,
-                    injected=which.injected,
-                    has_closed=which.has_closed,
-                )
+                step = self._resumed(chain, which)
             else:
                 index = which
                 step = chain.open(is_open=is_open)
@@ -130,6 +126,20 @@ class Chains:
                 self._has_begun = True
                 yield batch
         yield [Delta(usage=Usage(prompt_tokens=len(self._prompt), completion_tokens=0, cached_tokens=self._cached))]
+
+    def _resumed(self, chain: Chain, lost: TakeOver) -> Step:
+        """Bring a chain to where a lost choice was, and end its thinking."""
+        chain.resume(
+            lost.ids,
+            thinking=lost.thinking,
+            answer=lost.answer,
+            injected=lost.injected,
+            has_closed=lost.has_closed,
+        )
+        opener = self._found.tool_opener
+        if lost.begins_call and opener is not None:
+            return chain.feed([opener], "stop", opener)
+        return chain.cut("cap")
 
     async def _choice(self, choice: _Choice, step: Step, *, waits: bool) -> AsyncGenerator[list[Delta], None]:
         """One choice to its end. All but the first wait until the prompt is in the prefix cache."""

@@ -45,7 +45,8 @@ class Enforcement:
             return slot.backend.generate(with_effort(run, found))
         keeps_ids = found.forcing is not None and self._needs.is_chat and not self._needs.has_media
         if keeps_ids and call.thinking.cap is not None:
-            run.guard = Guard(run.tally, run.finished, run.choices, keeps_ids=True)
+            opener = found.tool_opener if self._needs.has_tools and found.tool_format is not None else None
+            run.guard = Guard(run.tally, run.finished, run.choices, keeps_ids=True, opener=opener)
         return slot.backend.generate(call)
 
     def take_over(self, run: Run, slot: Slot) -> Batches:
@@ -56,15 +57,20 @@ class Enforcement:
         run.enforced.overrun += guard.overrun
         lost = sorted(guard.lost)
         thinking = {index: run.tally.thinking_by_choice.get(index, 0) for index in lost}
-        run.tally.capped, run.enforced.ended_by = True, "cap"
+        is_lie = not guard.lost <= guard.calls
+        if is_lie:
+            run.tally.capped, run.enforced.ended_by = True, "cap"
         run.tally.most_thinking = max(run.tally.thinking_by_choice.values(), default=0)
         if run.enforced.how == "soft":
             thoughts = {index: "".join(guard.thoughts.get(index, ())) for index in lost}
             return soft_answers(run, slot.backend, found, thoughts, thinking)
-        slot.distrust()
+        if is_lie:
+            slot.distrust(instant=not run.call.thinking.enabled)
         run.enforced.how = "two_phase"
         assert found.forcing is not None
         kept = [_kept(index, guard.ids.get(index, []), found.forcing) for index in lost]
+        for choice in kept:
+            choice.begins_call = choice.index in guard.calls
         return Chains(run, slot.backend, found).deltas(kept)
 
 

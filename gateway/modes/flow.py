@@ -148,22 +148,22 @@ class Run:
         Raises: DeadlinePassed when the envelope's seconds end before anything arrived; UpstreamError for a
             choice that was not asked for.
         """
-        tally, cap = self.tally, self.call.thinking.cap
+        tally, cap, guard = self.tally, self.call.thinking.cap, self.guard
         deltas = self._count(deltas)
         if cap is not None and tally.most_thinking > cap:
-            guard = self.guard = self.guard or Guard(tally, self.finished, self.choices)
+            guard = self.guard = guard or Guard(tally, self.finished, self.choices)
             deltas = guard.within(deltas, cap)
             if not guard.can_take_over():
                 tally.capped = True
                 return [*deltas, *self.end("cap")]
+        if guard is not None:
+            deltas = guard.kept(deltas)
             self.is_cut = guard.is_lost()
         now_s = self.clock()
         if self.is_bounded or tally.output() > self.most_output:
             spent = self._spent(now_s)
             if spent is not None:
                 return self._end_spent(deltas, spent)
-        if self.guard is not None:
-            self.guard.remember(deltas)
         if now_s - self.reported_at_s > REPORT_EVERY_S:
             self.reported_at_s = now_s
             self.hold.report(tally.amounts(tally.counts()))

@@ -1,7 +1,8 @@
 """Watching that a backend holds its cap, and knowing what each choice may keep when it does not.
 
 Owns: dropping thinking beyond the cap, telling a slip from a lie, and remembering what was delivered, so that
-a lost choice can be taken over. O(1) per delta.
+a lost choice can be taken over. Also a choice that begins a tool call inside its thinking is lost, though no lie:
+its backend, counting on, would force the end of the thinking into the middle of the call. O(1) per delta.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class Guard:
         choices: how many there are.
         keeps_ids: choices can be taken over by token ids.
         keeps_text: choices can be taken over by the text of their thinking.
+        opener: the token that begins a tool call, where calls are to be read out of the answer.
 
     Attributes:
-        lost: choices that think on past the cap and its grace, or ended like that.
+        lost: choices that think on past the cap and its grace, or ended like that, or began a call.
+        calls: those of them that began a call.
         overrun: thinking tokens the backend sent beyond the cap.
         ids: delivered output by choice.
         thoughts: delivered thinking text by choice.
@@ -38,8 +41,10 @@ class Guard:
         "_finished",
         "_keeps_ids",
         "_keeps_text",
+        "_opener",
         "_over",
         "_tally",
+        "calls",
         "ids",
         "lost",
         "overrun",
@@ -47,10 +52,18 @@ class Guard:
     )
 
     def __init__(
-        self, tally: Tally, finished: set[int], choices: int, *, keeps_ids: bool = False, keeps_text: bool = False
+        self,
+        tally: Tally,
+        finished: set[int],
+        choices: int,
+        *,
+        keeps_ids: bool = False,
+        keeps_text: bool = False,
+        opener: int | None = None,
     ) -> None:
         self._tally, self._finished, self._choices = tally, finished, choices
-        self._keeps_ids, self._keeps_text = keeps_ids, keeps_text
+        self._keeps_ids, self._keeps_text, self._opener = keeps_ids, keeps_text, opener
+        self.calls: set[int] = set()
         self._over: dict[int, int] = {}
         self.lost: set[int] = set()
         self.overrun = 0
@@ -61,13 +74,32 @@ class Guard:
         """Whether a lost choice can go on."""
         return self._keeps_ids or self._keeps_text
 
-    def remember(self, deltas: list[Delta]) -> None:
-        """Keep what a lost choice would go on from."""
+    def kept(self, deltas: list[Delta]) -> list[Delta]:
+        """Deltas that may be delivered, remembered as what a lost choice would go on from."""
+        if self._opener is not None:
+            deltas = self._before_calls(deltas, self._opener)
         for delta in deltas:
             if self._keeps_ids and delta.token_ids:
                 self.ids.setdefault(delta.index, []).extend(delta.token_ids)
             elif self._keeps_text and delta.kind is Kind.THINKING:
                 self.thoughts.setdefault(delta.index, []).append(delta.text)
+        return deltas
+
+    def _before_calls(self, deltas: list[Delta], opener: int) -> list[Delta]:
+        """Deltas up to a tool call that begins inside the thinking; its choice is lost."""
+        kept = []
+        for delta in deltas:
+            if delta.index in self.calls:
+                self._tally.waste(delta)
+                self._finished.discard(delta.index)
+            elif delta.thinking and opener in delta.token_ids:
+                self._tally.waste(delta)
+                self._tally.wasted -= 1  # the opening token itself is kept: the call goes on from it
+                self.calls.add(delta.index)
+                self._lose(delta.index)
+            else:
+                kept.append(delta)
+        return kept
 
     def within(self, deltas: list[Delta], cap: int) -> list[Delta]:
         """Deltas up to the cap; the thinking of one that goes beyond is moved to `wasted`: it reaches no client."""

@@ -1,12 +1,13 @@
 """Reasoning mode on the native path: the backend caps, the gateway counts and holds it to the cap.
 
-Owns: stop strings, which only ever end the answer. The cap itself is held by `flow`, for every mode.
+Owns: stop strings, which end the answer, and the thinking only if that was asked for. The cap itself is held by
+`flow`, for every mode.
 """
 
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -15,44 +16,73 @@ from gateway.modes.flow import flow
 from gateway.stop import StopFilter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
 
     from gateway.modes.flow import Run
 
 
-def reasoning(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncGenerator[list[Delta], None]:
-    """Thinking and answer deltas; the answer ends before the first of `stops`."""
-    return stopped_flow(run, stops, keep_stop=keep_stop) if stops else flow(run)
+class Stops(NamedTuple):
+    """The client's stop strings.
+
+    Attributes:
+        texts: the strings.
+        keep: leave the one that was found in the text.
+        in_thinking: look for them in the thinking, too.
+    """
+
+    texts: tuple[str, ...] = ()
+    keep: bool = False
+    in_thinking: bool = False
 
 
-async def stopped_flow(run: Run, stops: Sequence[str], *, keep_stop: bool) -> AsyncGenerator[list[Delta], None]:
-    """As `flow`, with the answer of each choice ended at a stop string."""
-    filters = [StopFilter(stops, keep=keep_stop) for _ in range(run.choices)]
+def reasoning(run: Run, stops: Stops) -> AsyncGenerator[list[Delta], None]:
+    """Thinking and answer deltas; a choice ends before the first of the stop strings."""
+    return stopped_flow(run, stops) if stops.texts else flow(run)
+
+
+async def stopped_flow(run: Run, stops: Stops) -> AsyncGenerator[list[Delta], None]:
+    """As `flow`, with each choice ended at a stop string."""
+    filters = [_Filters(stops) for _ in range(run.choices)]
     async with aclosing(flow(run)) as batches:
         async for deltas in batches:
             kept = [delta for delta in deltas if _filter(run, filters, delta)]
             if kept:
                 yield kept
-            if all(stop.has_hit() for stop in filters):
+            if all(choice.has_hit for choice in filters):
                 return
 
 
-def _filter(run: Run, filters: list[StopFilter], delta: Delta) -> bool:
+class _Filters:
+    """One choice's filters, by the kind of text."""
+
+    __slots__ = ("_by_kind", "has_hit")
+
+    def __init__(self, stops: Stops) -> None:
+        kinds = (Kind.ANSWER, Kind.THINKING) if stops.in_thinking else (Kind.ANSWER,)
+        self._by_kind = {kind: StopFilter(stops.texts, keep=stops.keep) for kind in kinds}
+        self.has_hit = False
+
+    def of(self, delta: Delta) -> StopFilter | None:
+        """The filter of a delta's text, if it is looked at; a choice's end flushes the answer's."""
+        return self._by_kind.get(delta.kind) if delta.text or delta.finish_reason is not None else None
+
+
+def _filter(run: Run, filters: list[_Filters], delta: Delta) -> bool:
     """Apply the choice's filter to one delta; False when it comes after the stop string."""
     if delta.usage is not None or delta.index >= len(filters):
         return True
-    stop = filters[delta.index]
-    if stop.has_hit():
-        run.tally.answer -= delta.answer
-        run.tally.wasted += delta.answer
+    choice = filters[delta.index]
+    if choice.has_hit:
+        run.tally.waste(delta)
         return False
-    is_last = delta.finish_reason is not None
-    if delta.kind is Kind.ANSWER and (delta.text or is_last):
-        text = stop.feed(delta.text, is_last=is_last)
-        if stop.has_hit():
+    stop = choice.of(delta)
+    if stop is not None:
+        text = stop.feed(delta.text, is_last=delta.finish_reason is not None)
+        choice.has_hit = stop.has_hit()
+        if choice.has_hit:
             delta.finish_reason, delta.stop_reason = "stop", stop.hit
             run.finished.add(delta.index)
-        if text != delta.text or stop.has_hit():
+        if text != delta.text or choice.has_hit:
             delta.text = text
             delta.wire = _with_text(delta) if delta.wire else b""
     return True
@@ -61,7 +91,7 @@ def _filter(run: Run, filters: list[StopFilter], delta: Delta) -> bool:
 def _with_text(delta: Delta) -> bytes:
     chunk: dict[str, Any] = msgspec.json.decode(delta.wire)
     choice = chunk["choices"][0]
-    choice["delta"]["content"] = delta.text
+    choice["delta"]["reasoning" if delta.kind is Kind.THINKING else "content"] = delta.text
     choice["finish_reason"] = delta.finish_reason
     if delta.stop_reason is not None:
         choice["stop_reason"] = delta.stop_reason

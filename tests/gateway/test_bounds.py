@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.gateway.test_streaming import text_of
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Exchange, Gate, Reply, Script
 from tests.scripted_stream import START_MARKER, Model, Say, tokens
+from tests.scripted_tokens import tool_call_tokens
 
 RAMBLES = Say(thinking=tokens("on and on " * 100), answer=tokens("at last"))
 TALKS = Say(thinking=tokens("hm"), answer=tokens("word " * 400))
@@ -235,3 +237,28 @@ async def test_overrun_is_booked_and_burdens_the_next(scripted: ScriptedBackend)
         assert int(second.headers["x-ratelimit-remaining-tokens"]) <= 1500 - used["settled"]["tokens"]
         third = await ask(gateway, {**INSTANT, "max_tokens": 1000})
         assert (third.status, third.error["code"]) == (429, "budget_exceeded")
+
+
+@pytest.mark.parametrize("body", [STREAM, ASK])
+async def test_a_tool_call_begun_in_native_thinking_is_not_cut_by_the_cap(
+    gateway: Live, scripted: ScriptedBackend, body: Json
+) -> None:
+    """The call goes on in the answer, whole, from the token that opened it; the backend told no lie."""
+    call = tool_call_tokens("get_time", '{"city": "Graz"}')
+    slot = gateway.gateway.serving.models["qwen"].slots[0]
+    assert slot.capabilities is not None
+    slot.capabilities = replace(slot.capabilities, tool_format="hermes", tool_opener=call[0].id)
+    scripted.queue(Script(say=[Say(thinking=[*tokens("let me call"), *call], answer=call)]))
+    tools = [{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}]
+    answer = await ask(gateway, {**body, "tools": tools, "thinkgate": {"thinking_tokens": 6}})
+    await gateway.assert_settled()
+    extension = answer.chunks()[-1]["thinkgate"] if body is STREAM else answer.json["thinkgate"]
+    assert extension["cap"]["enforcement"] == "two_phase"
+    assert (extension["tokens"]["thinking"], extension["capped"]) == (3, False)
+    assert slot.lies == 0
+    if body is ASK:
+        choice = answer.json["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_time", "arguments": '{"city": "Graz"}'}
+        assert choice["message"]["reasoning"] == "let me call"
+        assert not choice["message"]["content"]

@@ -10,6 +10,7 @@ from budget.cap import MARKER_ALLOWANCE_TOKENS
 from budget.chain import Forcing
 from gateway.backends.port import Capabilities, Surface
 from gateway.errors import GatewayError, ModelNotFound, PermissionDenied
+from gateway.modes.reasoning import Stops
 from tests.gateway.still import CHAT, Json, config_of, key, prepared, sent
 
 IGNORES_CAPS = Capabilities(cap_binds=False, detail={"cap": "ignored: 9 thinking tokens under a cap of 4"})
@@ -307,14 +308,14 @@ def test_media_hosts_come_from_the_configuration() -> None:
 def test_in_reasoning_mode_the_gateway_matches_stop_itself(stop: object, kept: tuple[str, ...]) -> None:
     """A backend would also stop inside the thinking: `stop` is taken out of its fields."""
     request = prepared({"stop": stop})
-    assert (request.stops, request.keep_stop) == (kept, False)
+    assert request.stops == Stops(kept)
     assert "stop" not in sent(request)
 
 
 def test_in_instant_mode_the_backend_matches_stop() -> None:
     """Without thinking there is nothing to keep `stop` from."""
     request = prepared({"stop": ["x"], "include_stop_str_in_output": True, "enable_thinking": False})
-    assert (request.stops, request.keep_stop) == ((), False)
+    assert request.stops == Stops()
     assert sent(request)["stop"] == ["x"]
     assert sent(request)["include_stop_str_in_output"] is True
 
@@ -323,7 +324,7 @@ def test_in_instant_mode_the_backend_matches_stop() -> None:
 def test_the_stop_string_may_stay_in_the_text(value: bool | None, keep: bool) -> None:
     """The `include_stop_str_in_output` of vLLM is honoured by the gateway in the backend's place."""
     request = prepared({"stop": "x", "include_stop_str_in_output": value})
-    assert request.keep_stop == keep
+    assert request.stops.keep == keep
     assert "include_stop_str_in_output" not in sent(request)
 
 

@@ -9,6 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.stop import StopFilter
+from tests.gateway.live import ASK, STREAM, Json, ask, live, tree_of
+from tests.gateway.test_bounds import whole
+from tests.scripted_backend import ScriptedBackend
+from tests.scripted_script import Script
+from tests.scripted_stream import Say, tokens
 
 FEW = settings(max_examples=150, deadline=None)
 WORDS = st.text(alphabet="ab\n", max_size=14)
@@ -88,3 +93,23 @@ def test_any_pieces_end_where_single_characters_would(text: str, stops: list[str
     borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in pairwise(borders)]
     assert filtered(pieces, stops, keep=keep) == naively(text, stops, keep=keep)
+
+
+@pytest.mark.parametrize("policy", ["auto", "two_phase"])
+@pytest.mark.parametrize("body", [STREAM, ASK])
+async def test_a_stop_string_ends_the_thinking_only_when_asked_to(
+    scripted: ScriptedBackend, body: Json, policy: str
+) -> None:
+    """What stands in the thinking ends nothing by default; with `stop_in_thinking` the choice ends right there."""
+    say = Say(thinking=tokens("first STOP then"), answer=tokens("it is 42 STOP more"))
+    async with live(tree_of(scripted, model={"thinking": {"enforce": policy, "answer_floor_tokens": 16}})) as gateway:
+        for in_thinking, reasoning, content in ((False, "first STOP then", "it is 42 "), (True, "first ", "")):
+            scripted.forget()
+            scripted.queue(Script(say=[say]))
+            thinkgate = {"mode": "reasoning", "stop_in_thinking": in_thinking}
+            texts, extension = whole(await ask(gateway, {**body, "stop": "STOP", "thinkgate": thinkgate}))
+            await gateway.assert_settled()
+            assert texts[0].get("reasoning") == reasoning
+            assert (texts[0]["content"] or "") == content
+            assert len(scripted.calls) == (1 if in_thinking or policy == "auto" else 2)
+            assert extension["cap"]["enforcement"] == ("native" if policy == "auto" else "two_phase")

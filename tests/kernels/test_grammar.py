@@ -95,7 +95,7 @@ def test_choices_are_texts_and_nothing_else(tokens):
     assert follow(tokens, grammar, "ab")[1:] == (True, False)
     assert follow(tokens, grammar, "abc")[1:] == (True, True)
     assert follow(tokens, grammar, odd)[1:] == (True, True)
-    assert follow(tokens, grammar, "abd")[0] == "ab"
+    assert follow(tokens, grammar, "abe")[0] == "ab"
 
 
 def test_a_regular_expression_matches_the_whole_answer(tokens):
