@@ -13,7 +13,20 @@ if TYPE_CHECKING:
     from gateway.backends.port import Capabilities
     from gateway.config import Config
 
-HEAD = ("model", "backend", "kind", "cap", "cap+tools", "thinking in", "ids in", "ids out", "cached", "tools", "window")
+HEAD = (
+    "model",
+    "backend",
+    "kind",
+    "cap",
+    "cap+tools",
+    "two-phase",
+    "thinking in",
+    "ids in",
+    "ids out",
+    "cached",
+    "tools",
+    "window",
+)
 
 
 async def check(config: Config, out: TextIO) -> int:
@@ -52,6 +65,7 @@ def _row(found: Capabilities) -> tuple[str, ...]:
     return (
         _word(found.cap_binds, "binds", "ignored"),
         _word(found.cap_binds_with_tools, "binds", "ignored"),
+        _word(found.forcing is not None, "yes", "no"),
         found.thinking_field or "none",
         _word(found.token_ids_in, "yes", "no"),
         _word(found.token_ids_out, "yes", "no"),

@@ -42,13 +42,14 @@ class CoalescedTransport:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is held."""
+        """Send what is held, unless the connection was lost in the meantime."""
         held = self._held
         if held:
             data = held[0] if len(held) == 1 else b"".join(held)
             held.clear()
             self._held_bytes = 0
-            self._transport.write(data)
+            if not self.is_closing():  # uvloop raises where asyncio is silent
+                self._transport.write(data)
 
     def close(self) -> None:
         """Send what is held, then close."""

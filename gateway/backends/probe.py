@@ -15,7 +15,7 @@ from budget.cap import ThinkingMeter
 from budget.chain import Forcing
 from gateway.backends.port import Capabilities
 from gateway.backends.reader import MarkerIds
-from gateway.backends.segments import WAIT
+from gateway.backends.segments import CONTINUES, WAIT
 from gateway.backends.tool_calls import OPENING
 from gateway.backends.tool_text import tool_format_of
 from gateway.errors import UpstreamError
@@ -179,6 +179,16 @@ class _Prober:
         """Whether `reasoning_effort` is accepted."""
         return (await self.chat(reasoning_effort="low", max_tokens=PROBE_CAP)).status == 200
 
+    async def continues_assistant(self) -> bool:
+        """Whether an assistant message with closed thinking is gone on from: a fresh turn would begin differently."""
+        thinking = self._backend.thinking
+        said = f"{thinking.start}\nI count.\n{thinking.end}\n\n1, 2, 3, 4, 5, 6, 7, 8, 9, 10,"
+        messages = [{"role": "user", "content": "Count to 20."}, {"role": "assistant", "content": said}]
+        answer = await self.chat(messages=messages, temperature=0, max_tokens=PROBE_MIN_TOKENS, **CONTINUES)
+        message = answer.message()
+        texts = [message.get(field) for field in ("content", "reasoning", "reasoning_content")]
+        return answer.status == 200 and any(str(text or "").lstrip().startswith("11") for text in texts)
+
     async def is_quiet(self, markers: MarkerIds | None) -> bool:
         """Whether the no-think switch is obeyed and the answer then lands in the content."""
         answer = await self.chat(**self._backend.thinking.off)
@@ -252,6 +262,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             tool_format=continuing.tool_format,
             tool_opener=continuing.tool_opener,
             takes_effort=not is_vllm and await prober.takes_effort(),
+            continues_assistant=continuing.forcing is None and await prober.continues_assistant(),
             detail=prober.detail,
         ), markers
 

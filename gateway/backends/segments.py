@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from budget.chain import Chain, Forcing
 
 WAIT = "Wait"
+CONTINUES = {"continue_final_message": True, "add_generation_prompt": False}
 FORBIDDEN_BIAS = -100
 # `stop` is there in instant mode only; in reasoning mode the gateway looks for it.
 ANSWER_FIELDS = ("response_format", "structured_outputs", "stop", "include_stop_str_in_output")

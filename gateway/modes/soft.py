@@ -1,8 +1,9 @@
 """The soft fallback: a cap on servers that take neither a cap nor token ids.
 
-Owns: asking for less thinking by effort, and going on in a second chat call when the thinking was cut off.
-It is announced as `soft`: the cut comes when more than the cap has arrived, tokens are counted by events, and
-the server may think again before it answers; that thinking is dropped and counted as wasted.
+Owns: asking for less thinking by effort, and going on in a second chat call when the thinking was cut off: from the
+assistant's own message where the server was measured to do that, else by asking for the answer now. It is announced
+as `soft`: the cut comes when more than the cap has arrived, tokens are counted by events, and a server that is asked
+may think again before it answers; that thinking is dropped and counted as wasted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import msgspec
 
 from budget.cap import effort_within
 from gateway.backends.port import Call, Capabilities, Delta, Kind, Thinking, Usage
+from gateway.backends.segments import CONTINUES
+from gateway.modes.guard import GRACE_TOKENS
 from gateway.modes.merge import merged
 
 if TYPE_CHECKING:
@@ -49,10 +52,10 @@ async def soft_answers(
     """
     usages: list[Usage] = []
     streams = [
-        _answer(run, backend, _second_call(run.call, found, text, thinking[index]), index, usages)
+        _answer(run, backend, _second_call(run, found, text, thinking[index]), index, usages)
         for index, text in sorted(thoughts.items())
     ]
-    received = run.tally.thinking + run.tally.answer + run.tally.injected
+    received = run.tally.output()
     async with aclosing(merged(streams)) as batches:
         async for batch in batches:
             yield batch
@@ -73,45 +76,52 @@ async def soft_answers(
 
 
 async def _answer(run: Run, backend: Backend, call: Call, index: int, usages: list[Usage]) -> Batches:
-    """One choice's answer; thinking in it is dropped, and ends it when there is more than the cap."""
-    dropped = 0
-    cap = run.call.thinking.cap or 0
+    """One choice's answer. Thinking in it is dropped, and bounded by the call's own limit only.
+
+    Where the server goes on from closed thinking there is none: all text is the answer, whatever a parser calls it.
+    """
+    goes_on = "continue_final_message" in call.fields
     async with aclosing(backend.generate(call)) as batches:
         async for batch in batches:
             out: list[Delta] = []
             for delta in batch:
+                delta.index = index
                 if delta.usage is not None:
                     usages.append(delta.usage)
-                    continue
-                delta.index = index
-                if delta.kind is Kind.THINKING:
-                    dropped += delta.thinking
+                elif goes_on or delta.kind is not Kind.THINKING:
+                    delta.kind, delta.answer, delta.thinking = Kind.ANSWER, delta.answer + delta.thinking, 0
+                    delta.wire = b""  # it has another id, and perhaps another index
+                    out.append(delta)
+                else:
                     run.tally.wasted += delta.thinking + delta.answer + delta.injected
                     if delta.finish_reason is not None:
                         out.append(Delta(index=index, finish_reason=delta.finish_reason))
-                    continue
-                delta.wire = b""  # it has another id, and perhaps another index
-                out.append(delta)
             if out:
                 yield out
-            if dropped > cap:
-                yield [Delta(index=index, finish_reason="length")]
-                return
 
 
-def _second_call(call: Call, found: Capabilities, thoughts: str, thinking: int) -> Call:
-    """The call that asks for the answer: the conversation, the thoughts as the assistant's, and that time is up."""
+def _second_call(run: Run, found: Capabilities, thoughts: str, thinking: int) -> Call:
+    """The call for the answer, from the thoughts as the assistant's, which it goes on from where the server can."""
+    call, marks = run.call, run.call.thinking
     messages: list[object] = msgspec.json.decode(call.fields["messages"])
-    marks = call.thinking
-    said = {"role": "assistant", "content": f"{marks.start}\n{thoughts}{marks.wrap_up}{marks.end}"}
-    fields = {**call.fields, "messages": _raw([*messages, said, {"role": "user", "content": ANSWER_NOW}])}
-    if found.takes_effort:
-        fields["reasoning_effort"] = _raw(LEAST_EFFORT)
+    said = {"role": "assistant", "content": f"{marks.start}\n{thoughts}{marks.wrap_up}{marks.end}\n\n"}
+    fields = dict(call.fields)
+    if found.continues_assistant:
+        fields |= {name: _raw(value) for name, value in CONTINUES.items()}
+        messages = [*messages, said]
+    else:
+        messages = [*messages, said, {"role": "user", "content": ANSWER_NOW}]
+        off = run.model.switches.encoded("instant", call.fields.get("chat_template_kwargs"))
+        if off is not None:
+            fields["chat_template_kwargs"] = off
+        if found.takes_effort:
+            fields["reasoning_effort"] = _raw(LEAST_EFFORT)
+    fields["messages"] = _raw(messages)
     return msgspec.structs.replace(
         call,
         fields=fields,
         thinking=Thinking(enabled=False, cap=0, start=marks.start, end=marks.end),
-        max_tokens=max(1, call.max_tokens - thinking),
+        max_tokens=max(1, call.max_tokens - thinking - GRACE_TOKENS - 1),
         n=1,
     )
 
