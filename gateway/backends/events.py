@@ -18,7 +18,9 @@ DONE = b"[DONE]"
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
 _TOKEN_IDS = b',"token_ids":['
 _PROMPT_IDS = b',"prompt_token_ids":['
-_TAIL_BYTES = 160
+# Nothing but white space follows a marker that the template wrote; a marker at the end of a message is further away.
+TAIL_TOKENS = 3
+_TAIL_BYTES = 60
 
 
 class EventSplitter:
@@ -187,7 +189,7 @@ def cut_prompt_ids(event: bytes) -> tuple[bytes, int, list[int]]:
     if not ids:
         return event[:start] + rest, 0, []
     try:
-        tail = [int(token) for token in ids[-_TAIL_BYTES:].split(b",")[len(ids) > _TAIL_BYTES :][-12:]]
+        tail = [int(token) for token in ids[-_TAIL_BYTES:].split(b",")[len(ids) > _TAIL_BYTES :][-TAIL_TOKENS:]]
     except ValueError as exc:
         raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
     return event[:start] + rest, ids.count(b",") + 1, tail

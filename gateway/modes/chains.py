@@ -11,12 +11,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from budget.chain import Chain, ChainRules, Forcing, Step
 from budget.envelope import chain_bounds, thinking_is_over
-from gateway.backends.events import FINISH_REASONS
-from gateway.backends.http import UpstreamUnreachable
+from gateway.backends.events import FINISH_REASONS, TAIL_TOKENS
 from gateway.backends.markers import MarkerSplitter
 from gateway.backends.port import Capabilities, Delta, Kind, Segment, Usage
 from gateway.backends.segments import WAIT, SegmentFields, tool_plan
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from gateway.backends.port import Backend
     from gateway.backends.tool_text import ToolReader
     from gateway.modes.flow import Run
-
-TAIL_TOKENS = 12
 
 
 @dataclass(slots=True)
@@ -92,7 +89,6 @@ class Chains:
         self._prompt: list[int] = []
         self._cached: int | None = None
         self._total = 0
-        self._has_begun = False
         self._prompt_is_cached = asyncio.Event()
         self._plan = tool_plan(self._call, found.tool_format)
         self._fields = SegmentFields(self._call, self._plan, self._forcing)
@@ -102,7 +98,6 @@ class Chains:
 
         Raises: as `Backend.generate`; InvalidRequest when the envelope cannot hold the prompt.
         """
-        self._has_begun = bool(lost)
         self._prompt = await self._backend.tokenize(self._call)
         rules = self._rules()
         is_open, has_closed = self._tail()
@@ -123,7 +118,6 @@ class Chains:
             streams.append(self._choice(choice, step, waits=at > 0))
         async with aclosing(merged(streams)) as batches:
             async for batch in batches:
-                self._has_begun = True
                 yield batch
         yield [Delta(usage=Usage(prompt_tokens=len(self._prompt), completion_tokens=0, cached_tokens=self._cached))]
 
@@ -178,10 +172,6 @@ class Chains:
                         yield out
                     if choice.is_over and not choice.is_finished:
                         break  # cut by us: what the backend still had to say would be waste
-        except UpstreamUnreachable as exc:
-            if not self._has_begun:
-                raise
-            raise UpstreamError(exc.message) from exc
         finally:
             self._prompt_is_cached.set()
         if not choice.is_over:
@@ -277,6 +267,7 @@ class Chains:
         if delta.text or sampled or step.injected > forced:
             delta.kind, delta.thinking, delta.injected = Kind.THINKING, step.thinking, step.injected - forced
             delta.token_ids = step.ids[:sampled]
+            delta.logprobs = _first(delta.logprobs, sampled)
             delta.finish_reason = delta.stop_reason = None
             out.append(delta)
         if forced:
@@ -376,3 +367,8 @@ class Chains:
             self._run.enforced.resent_cached_tokens += usage.cached_tokens or 0
         elif self._cached is None:
             self._cached = usage.cached_tokens
+
+
+def _first(logprobs: Any, count: int) -> Any:  # noqa: ANN401  # JSON is of any type
+    """The logprobs of the first tokens; those of dropped ones would spell them."""
+    return {"content": logprobs["content"][:count]} if isinstance(logprobs, dict) else logprobs

@@ -222,7 +222,7 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
         a choice is not; whatever else the backend raises.
     """
     tried: list[Slot] = []
-    is_done = False
+    is_done = has_begun = False
     while not is_done:
         slot = run.slot = run.model.choose(without=tried)
         with slot:
@@ -231,6 +231,7 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
                 while source is not None:
                     async with aclosing(source) as batches:
                         async for deltas in batches:
+                            has_begun = True
                             yield run.take(deltas)
                             if run.is_cut:
                                 break
@@ -239,5 +240,7 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
             except UpstreamUnreachable as exc:
                 slot.mark_down(exc.message)
                 tried.append(slot)
+                if has_begun:  # another backend would begin the choices anew
+                    raise UpstreamError(exc.message) from exc
     if run.ended_by is None and len(run.finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.backends.events import (
     MAX_EVENT_BYTES,
+    TAIL_TOKENS,
     EventSplitter,
     cut_prompt_ids,
     cut_token_ids,
@@ -243,7 +244,7 @@ def test_cutting_prompt_ids_touches_nothing_else(text: str, ids: list[int], toke
     assert json.loads(event) == chunk_of(text, token_ids)
     assert count == len(ids)
     assert tail == ids[len(ids) - len(tail) :]
-    assert len(tail) == min(len(ids), 12)
+    assert len(tail) == min(len(ids), TAIL_TOKENS)
     assert prompt_ids(dump(chunk)) == ids
     assert json.loads(cut_token_ids(event)) == chunk_of(text, None)
 
@@ -261,7 +262,7 @@ def test_the_tail_is_right_where_its_window_begins(size: int, last: int) -> None
     """Around the size of the window that is looked at, no id is cut in half."""
     ids = [int("7" * (size % 9 + 1)), *([1234567] * (size // 8)), last]
     _, count, tail = cut_prompt_ids(dump({"choices": [], "prompt_token_ids": ids}))
-    assert (count, tail) == (len(ids), ids[-12:])
+    assert (count, tail) == (len(ids), ids[-TAIL_TOKENS:])
 
 
 def test_prompt_ids_inside_a_choice_are_cut_too() -> None:
