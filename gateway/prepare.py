@@ -152,6 +152,9 @@ def _bounded(ask: Ask, model: Model, key: Key, config: Config, needs: Needs) -> 
         if how == "two_phase" and forcing is not None:
             slack = forcing.most_wasted()
             bounds = msgspec.structs.replace(bounds, forced=forcing.overhead())
+        elif how == "native" and model.kind == "embedded" and forcing is not None:
+            # The engine forces the same texts; an opening marker of its own stands in the prompt.
+            bounds = msgspec.structs.replace(bounds, forced=forcing.overhead() - len(forcing.opening))
         cap, report = _cap(ask, bounds, model, how, why_not)
         if cap.tokens:
             return _Bounded(decision, bounds, cap, report, slack)

@@ -72,7 +72,8 @@ class HttpBackend:
 
     def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
-        return self._stream(PATHS["completions"], segment_body(call, segment), SegmentReader(), call.trace_headers)
+        reader = SegmentReader(segment.top_logprobs)
+        return self._stream(PATHS["completions"], segment_body(call, segment), reader, call.trace_headers)
 
     async def _stream(
         self, path: str, body: bytes, reader: StreamReader | SegmentReader, trace: TraceHeaders

@@ -175,6 +175,14 @@ class _Prober:
         on = thinking_on(self._backend.thinking.off) if self._backend.thinking.native else {}
         return await self.tokens(messages=MESSAGES, chat_template_kwargs=on, **more)
 
+    async def is_thinking(self, answer: _Answer, markers: MarkerIds | None) -> bool:
+        """Whether an answer ended before the thinking that its template had opened did."""
+        ids = _list(answer.choice().get("token_ids"))
+        if markers is not None:
+            return not count_thinking(answer, markers)[1]
+        said = await self.text(ids)
+        return bool(said) and self._backend.thinking.end not in said
+
     async def takes_effort(self) -> bool:
         """Whether `reasoning_effort` is accepted."""
         return (await self.chat(reasoning_effort="low", max_tokens=PROBE_CAP)).status == 200
@@ -245,12 +253,16 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             prober.detail["cap"] = "an OpenAI-compatible server gives nothing to measure it by"
         quiet = await prober.is_quiet(markers)
         continuing = await prober.continuing(markers) if is_vllm else Continuing()
+        field = _thinking_field(free, backend)
+        if field is None and free.message().get("content") and continuing.template_opens:
+            # It thought on to the limit, so no marker shows that this content is thinking.
+            field = "inline_opened" if await prober.is_thinking(free, markers) else None
         usage = free.body.get("usage")
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         return Capabilities(
             cap_binds=cap_binds if is_vllm else False,
             cap_binds_with_tools=cap_binds_with_tools,
-            thinking_field=_thinking_field(free, backend),
+            thinking_field=field,
             token_ids_in=continuing.ids_in,
             token_ids_out=ids_out,
             cached_tokens=isinstance(details, dict) and details.get("cached_tokens") is not None,

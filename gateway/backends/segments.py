@@ -177,9 +177,14 @@ def _raw(value: object) -> msgspec.Raw:
 
 
 class SegmentReader:
-    """Reads the events of one segment."""
+    """Reads the events of one segment.
 
-    def __init__(self) -> None:
+    Args:
+        top_logprobs: alternatives per token that were asked for, if any.
+    """
+
+    def __init__(self, top_logprobs: int | None) -> None:
+        self._most = top_logprobs or 0
         self.is_done = False
         self.usage: Usage | None = None
 
@@ -191,29 +196,33 @@ class SegmentReader:
         chunk = decode_chunk(compact(event))
         if chunk.usage is not None:
             self.usage = read_usage(chunk.usage)
-        out += [_delta(choice) for choice in chunk.choices if choice.index == 0]
+        out += [_delta(choice, self._most) for choice in chunk.choices if choice.index == 0]
 
 
-def _delta(choice: ChoiceBody) -> Delta:
+def _delta(choice: ChoiceBody, most: int) -> Delta:
     return Delta(
         text=choice.text or "",
         token_ids=choice.token_ids or [],
-        logprobs=None if choice.logprobs is None else chat_logprobs(choice.logprobs),
+        logprobs=None if choice.logprobs is None else chat_logprobs(choice.logprobs, most),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
     )
 
 
-def chat_logprobs(logprobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Logprobs of text completions in chat shape."""
+def chat_logprobs(logprobs: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Logprobs of text completions in chat shape; vLLM adds the sampled token to its `most` alternatives there."""
     tokens, values = logprobs.get("tokens") or [], logprobs.get("token_logprobs") or []
     tops = logprobs.get("top_logprobs") or [None] * len(tokens)
     return {
         "content": [
-            {**_entry(token, value), "top_logprobs": [_entry(t, v) for t, v in (top or {}).items()]}
+            {**_entry(token, value), "top_logprobs": [_entry(t, v) for t, v in _likeliest(top or {}, most)]}
             for token, value, top in zip(tokens, values, tops, strict=False)
         ]
     }
+
+
+def _likeliest(top: Mapping[str, float], most: int) -> list[tuple[str, float]]:
+    return sorted(top.items(), key=lambda pair: -pair[1])[:most]
 
 
 def _entry(token: str, logprob: float) -> dict[str, Any]:

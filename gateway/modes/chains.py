@@ -17,7 +17,7 @@ from budget.chain import Chain, ChainRules, Forcing, Step
 from budget.envelope import chain_bounds, thinking_is_over
 from gateway.backends.events import FINISH_REASONS, TAIL_TOKENS
 from gateway.backends.markers import MarkerSplitter
-from gateway.backends.port import Capabilities, Delta, Kind, Segment, Usage
+from gateway.backends.port import Capabilities, Delta, Kind, Usage
 from gateway.backends.segments import WAIT, SegmentFields, tool_plan
 from gateway.backends.tool_calls import OPENING
 from gateway.errors import InvalidRequest, UpstreamError
@@ -59,10 +59,11 @@ class _Choice:
     index: int
     chain: Chain
     reader: ToolReader
-    splitter: MarkerSplitter | None
+    segments: int = 0  # begun so far; the call that was taken over is one
+    splitter: MarkerSplitter | None = None
     pending: list[int] = field(default_factory=list)  # tokens whose text the splitter holds back
+    pending_logprobs: list[Any] = field(default_factory=list)
     ended_s: float | None = None  # end of the segment before
-    is_first: bool = True  # the segment
     began_s: float = 0.0
     first_s: float = 0.0
     sampled: int = 0
@@ -111,15 +112,12 @@ class Chains:
             else:
                 index = which
                 step = chain.open(is_open=is_open)
-            splitter = None
-            if self._forcing.end_id is None:
-                splitter = MarkerSplitter(self._call.thinking.start, self._call.thinking.end, is_open=True)
-            choice = _Choice(index, chain, self._plan.reader(), splitter)
+            choice = _Choice(index, chain, self._plan.reader(), segments=int(bool(lost)))
             streams.append(self._choice(choice, step, waits=at > 0))
         async with aclosing(merged(streams)) as batches:
             async for batch in batches:
                 yield batch
-        yield [Delta(usage=Usage(prompt_tokens=len(self._prompt), completion_tokens=0, cached_tokens=self._cached))]
+        yield [Delta(usage=self._usage())]
 
     def _resumed(self, chain: Chain, lost: TakeOver) -> Step:
         """Bring a chain to where a lost choice was, and end its thinking."""
@@ -144,6 +142,7 @@ class Chains:
             await self._prompt_is_cached.wait()
         while not chain.is_over():
             if chain.room() <= 0:
+                self._prompt_is_cached.set()  # as far as it ever will be
                 yield [*head, self._last(choice, Delta(index=choice.index), "length", None)]
                 return
             async with aclosing(self._segment(choice)) as batches:
@@ -163,17 +162,14 @@ class Chains:
     async def _segment(self, choice: _Choice) -> AsyncGenerator[list[Delta], None]:
         """One call of the backend; ends when the backend does, or at once when the chain does."""
         segment = self._fields.segment(choice.chain, choice.index)
-        self._begin(choice, segment)
-        try:
-            async with aclosing(self._backend.extend(self._call, segment)) as batches:
-                async for batch in batches:
-                    out = self._take(choice, batch)
-                    if out:
-                        yield out
-                    if choice.is_over and not choice.is_finished:
-                        break  # cut by us: what the backend still had to say would be waste
-        finally:
-            self._prompt_is_cached.set()
+        self._begin(choice)
+        async with aclosing(self._backend.extend(self._call, segment)) as batches:
+            async for batch in batches:
+                out = self._take(choice, batch)
+                if out:
+                    yield out
+                if choice.is_over and not choice.is_finished:
+                    break  # cut by us: what the backend still had to say would be waste
         if not choice.is_over:
             raise UpstreamError("The backend ended its stream before the choice was finished.")
 
@@ -185,12 +181,14 @@ class Chains:
                 self._note_usage(choice, delta.usage)
             elif choice.is_over:
                 self._run.tally.wasted += len(delta.token_ids)
+                choice.is_finished = False  # it goes on after its finish
             else:
                 choice.is_finished = delta.finish_reason is not None
                 choice.is_over = self._read(choice, delta, out)
         if not choice.is_over and self._time_is_up(choice):
+            self._run.tally.wasted += len(choice.pending)
             out += self._shown(choice, Delta(), choice.chain.cut("seconds"))
-            choice.is_over = True
+            choice.is_over, choice.ended_s = True, self._run.clock()
         return out
 
     def _read(self, choice: _Choice, delta: Delta, out: list[Delta]) -> bool:
@@ -202,8 +200,8 @@ class Chains:
         if choice.sampled == len(ids):
             choice.first_s = self._run.clock()
         delta.index = choice.index
+        self._prompt_is_cached.set()
         if chain.phase == "thinking":
-            self._prompt_is_cached.set()
             step = self._think(choice, delta)
             out += self._shown(choice, delta, step)
         else:
@@ -236,12 +234,13 @@ class Chains:
         is_closed = any(kind is Kind.INJECTED for kind, _ in pieces)
         delta.text = "".join(text for kind, text in pieces if kind is Kind.THINKING)
         ids = choice.pending + ids
+        entries = choice.pending_logprobs + (delta.logprobs["content"] if delta.logprobs else [])
         if not is_closed and choice.splitter.is_holding:
-            choice.pending = ids
-            delta.token_ids = []
+            choice.pending, choice.pending_logprobs = ids, entries
+            delta.token_ids, delta.logprobs = [], None
             return Step()
-        choice.pending = []
-        delta.token_ids = ids
+        choice.pending, choice.pending_logprobs = [], []
+        delta.token_ids, delta.logprobs = ids, {"content": entries} if entries else None
         if not is_closed:
             return chain.feed(ids, finish, stop)
         border = max(0, len(ids) - len(self._forcing.closing))
@@ -264,10 +263,11 @@ class Chains:
         tally.wasted += step.wasted
         forced = len(step.forced)
         sampled = len(step.ids) - forced - step.answer
+        logprobs = delta.logprobs
         if delta.text or sampled or step.injected > forced:
             delta.kind, delta.thinking, delta.injected = Kind.THINKING, step.thinking, step.injected - forced
             delta.token_ids = step.ids[:sampled]
-            delta.logprobs = _first(delta.logprobs, sampled)
+            delta.logprobs = _part(logprobs, 0, sampled)
             delta.finish_reason = delta.stop_reason = None
             out.append(delta)
         if forced:
@@ -277,8 +277,10 @@ class Chains:
             out.append(Delta(index=index, kind=Kind.THINKING, text=text, injected=forced, token_ids=ids))
         if step.answer:
             content, calls = choice.reader.push(OPENING)
-            ids = step.ids[len(step.ids) - step.answer :]
-            out.append(Delta(index=index, text=content, answer=step.answer, token_ids=ids, tool_calls=calls or None))
+            said = Delta(index=index, text=content, answer=step.answer, tool_calls=calls or None)
+            said.token_ids = step.ids[len(step.ids) - step.answer :]
+            said.logprobs = _part(logprobs, sampled, sampled + step.answer)
+            out.append(said)
         if step.ended_by is not None:
             out[-1].capped = step.ended_by == "cap"
             self._run.enforced.ended_by = step.ended_by
@@ -353,22 +355,28 @@ class Chains:
             answer_tokens=self._call.thinking.answer_floor,
         )
 
-    def _begin(self, choice: _Choice, segment: Segment) -> None:
+    def _begin(self, choice: _Choice) -> None:
         now_s = choice.began_s = self._run.clock()
         choice.sampled = 0
         choice.is_over = choice.is_finished = False
-        choice.is_first = choice.ended_s is None
+        choice.segments += 1
+        if self._forcing.end_id is None:
+            choice.splitter = MarkerSplitter(self._call.thinking.start, self._call.thinking.end, is_open=True)
         if choice.ended_s is not None:
             self._run.enforced.switches_s.append(now_s - choice.ended_s)
-            self._run.enforced.resent_tokens += len(segment.prompt)
 
     def _note_usage(self, choice: _Choice, usage: Usage) -> None:
-        if not choice.is_first:
+        if choice.segments > 1:  # of a segment that is cut nobody says what was cached: it counts on neither side
+            self._run.enforced.resent_tokens += usage.prompt_tokens
             self._run.enforced.resent_cached_tokens += usage.cached_tokens or 0
         elif self._cached is None:
             self._cached = usage.cached_tokens
+            self._run.tally.usage = self._usage()  # a stop string may end the request before its last delta
+
+    def _usage(self) -> Usage:
+        return Usage(prompt_tokens=len(self._prompt), completion_tokens=0, cached_tokens=self._cached)
 
 
-def _first(logprobs: Any, count: int) -> Any:  # noqa: ANN401  # JSON is of any type
-    """The logprobs of the first tokens; those of dropped ones would spell them."""
-    return {"content": logprobs["content"][:count]} if isinstance(logprobs, dict) else logprobs
+def _part(logprobs: Any, start: int, end: int) -> Any:  # noqa: ANN401  # JSON is of any type
+    """The logprobs of some of the tokens; those of dropped ones would spell them."""
+    return {"content": logprobs["content"][start:end]} if isinstance(logprobs, dict) else logprobs

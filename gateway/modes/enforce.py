@@ -34,6 +34,7 @@ class Enforcement:
     def begin(self, run: Run, slot: Slot) -> Batches:
         """The call's deltas from `slot`. Raises: InvalidRequest for what it cannot serve under a cap."""
         call, found = run.call, slot.capabilities or Capabilities()
+        run.guard = None  # of a backend that could not be reached
         if call.thinking.enabled:
             run.enforced.how, _ = enforcement(found, self._needs, run.model.thinking.enforce, slot.config.kind)
         else:

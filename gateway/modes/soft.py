@@ -96,8 +96,7 @@ async def _answer(run: Run, backend: Backend, call: Call, index: int, usages: li
                     run.tally.wasted += delta.thinking + delta.answer + delta.injected
                     if delta.finish_reason is not None:
                         out.append(Delta(index=index, finish_reason=delta.finish_reason))
-            if out:
-                yield out
+            yield out  # also when empty: what was dropped counts against every bound
 
 
 def _second_call(run: Run, found: Capabilities, thoughts: str, thinking: int) -> Call:
