@@ -32,6 +32,7 @@ from gateway.log import LineWriter
 from gateway.metrics import Metrics
 from gateway.models import Model, Slot, build_models
 from gateway.record import Record
+from gateway.shapes import Decisions
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
@@ -49,6 +50,17 @@ class Serving:
     config: Config
     keyring: Keyring
     models: dict[str, Model]
+    decisions: Decisions
+
+
+def serving(config: Config, known: dict[str, Model] | None = None) -> Serving:
+    """What a configuration puts in force; backends that stay the same are taken over from `known`.
+
+    Raises: ConfigError when a secret or credential is missing.
+    """
+    keyring = Keyring(config, secret_sha256s(config))
+    models = build_models(config, known)
+    return Serving(config, keyring, models, Decisions(config, models))
 
 
 def ledger_limits(config: Config) -> list[Limit]:
@@ -84,7 +96,7 @@ class Gateway(FastAPI):
             exception_handlers={404: not_found, 405: not_found},
         )
         self.lines = LineWriter(log_stream)
-        self.serving = Serving(config, Keyring(config, secret_sha256s(config)), build_models(config))
+        self.serving = serving(config)
         self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
         self.watch = Watch(config.server.timeouts)
         self.is_draining = False
@@ -168,10 +180,9 @@ class Gateway(FastAPI):
 
         Raises: ConfigError when a secret or credential is missing; then the old one stays in force.
         """
-        keyring = Keyring(config, secret_sha256s(config))
-        models = build_models(config, self.serving.models)
+        new = serving(config, self.serving.models)
         self.ledger.set_limits(ledger_limits(config))
-        self.serving = Serving(config, keyring, models)
+        self.serving = new
         self._watch_slots()
 
     @contextlib.asynccontextmanager

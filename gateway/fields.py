@@ -17,10 +17,10 @@ from gateway.backends.port import refuse_field
 from gateway.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from gateway.config import ThinkingConfig
-    from gateway.request import ChatFields, MediaUrl, RawFields
+    from gateway.request import MediaUrl, Message, RawFields
 
 CONSUMED = frozenset(
     (
@@ -111,14 +111,14 @@ def thinking_on(off: dict[str, object]) -> dict[str, bool]:
     return {k: not v for k, v in kwargs.items() if isinstance(v, bool)} if isinstance(kwargs, dict) else {}
 
 
-def check_media(fields: ChatFields, allowed_hosts: Collection[str]) -> int:
+def check_media(messages: Sequence[Message], allowed_hosts: Collection[str]) -> int:
     """Refuse media that a backend would fetch from somewhere the operator did not allow.
 
     Returns: how many parts are not text.
     Raises: InvalidRequest naming the part.
     """
     media_parts = 0
-    for i, message in enumerate(fields.messages):
+    for i, message in enumerate(messages):
         if message.content is None or isinstance(message.content, str):
             continue
         for j, part in enumerate(message.content):

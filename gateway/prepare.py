@@ -92,7 +92,23 @@ def prepare(
 
     Raises: InvalidRequest, ModelNotFound, PermissionDenied.
     """
-    ask, raw, media_parts = _ask(body, surface, models, config)
+    heard = hear(body, surface, models, config)
+    return decide(heard, len(body), surface, key, models, config, request_id=request_id, trace=trace)
+
+
+def decide(
+    heard: Heard,
+    body_bytes: int,
+    surface: Surface,
+    key: Key,
+    models: Mapping[str, Model],
+    config: Config,
+    *,
+    request_id: str,
+    trace: tuple[tuple[bytes, bytes], ...],
+) -> Prepared:
+    """What follows from what was heard. Raises: InvalidRequest, ModelNotFound, PermissionDenied."""
+    ask, raw, media_parts = heard
     model = find_model(ask.model, models, key)
     check_choices(ask.n, ask.prompts, model.config.max_n)
     if ask.answer_floor is not None:
@@ -125,10 +141,10 @@ def prepare(
         wants_token_ids=ask.wants_token_ids,
         trace_headers=trace,
     )
-    # A body's bytes bound the tokens of its text.
-    prompt_bound = TEMPLATE_MARGIN_TOKENS + len(body) + MEDIA_PART_TOKENS * media_parts
     aside = _aside(ask, call)
-    ceiling = _ceiling(ask, prompt_bound, model, report.tokens, max_tokens + slack, aside)
+    ceiling = ceiling_of(
+        ask, model, report.tokens, max_tokens + slack, aside, body_bytes=body_bytes, media_parts=media_parts
+    )
     enforcer = Enforcement(needs)
     return Prepared(ask, model, decision, call, report, ceiling, enforcer, slack, aside, stops)
 
@@ -173,17 +189,26 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool) -> Needs:
     )
 
 
-def _ask(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> tuple[Ask, RawFields, int]:
+class Heard(NamedTuple):
+    """What a body says: the request, its top-level fields as they came, and how many parts are not text."""
+
+    ask: Ask
+    raw: RawFields
+    media_parts: int
+
+
+def hear(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> Heard:
+    """Parse and resolve. Raises: InvalidRequest."""
     if surface == "chat":
         chat, raw = parse_chat(body)
         name, suffix = split_suffix(chat.model, models)
-        media_parts = check_media(chat, config.server.media_hosts)
+        media_parts = check_media(chat.messages, config.server.media_hosts)
         if media_parts:  # what was checked is what is sent, also where a key stands twice
             raw["messages"] = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(raw["messages"])))
-        return resolve_chat(chat, name, suffix), raw, media_parts
+        return Heard(resolve_chat(chat, name, suffix), raw, media_parts)
     text, raw = parse_completion(body)
     name, suffix = split_suffix(text.model, models)
-    return resolve_completion(text, name, suffix), raw, 0
+    return Heard(resolve_completion(text, name, suffix), raw, 0)
 
 
 def find_model(name: str, models: Mapping[str, Model], key: Key) -> Model:
@@ -313,8 +338,19 @@ def _aside(ask: Ask, call: Call) -> tuple[int, int]:
     return ask.n * prompt, ask.n * output
 
 
-def _ceiling(ask: Ask, prompt: int, model: Model, cap: int | None, max_tokens: int, aside: tuple[int, int]) -> Amounts:
+def ceiling_of(
+    ask: Ask,
+    model: Model,
+    cap: int | None,
+    max_tokens: int,
+    aside: tuple[int, int],
+    *,
+    body_bytes: int,
+    media_parts: int = 0,
+) -> Amounts:
     """The hold: prompt bound + output limit times choices + the calls on the side."""
+    # A body's bytes bound the tokens of its text.
+    prompt = TEMPLATE_MARGIN_TOKENS + body_bytes + MEDIA_PART_TOKENS * media_parts
     choices = ask.n * ask.prompts
     aside_prompt, aside_output = aside
     thinking = max_tokens if cap is None else min(cap, max_tokens)

@@ -169,10 +169,13 @@ class Common(Struct, kw_only=True):
     thinkgate: Extension | None = None
 
 
+Messages = Annotated[list[Message], Meta(min_length=1)]
+
+
 class ChatFields(Common, kw_only=True):
     """What the gateway reads of a chat completion request."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Messages
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -218,17 +221,23 @@ def check_json(body: bytes) -> RawFields:
 
     Raises: InvalidRequest for anything but one JSON object of UTF-8 text, nested at most MAX_DEPTH deep.
     """
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
-        raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="nested_too_deep")
+    check_text(body)
     try:
-        str(body, "utf-8")
         return _raw_decoder.decode(body)
-    except UnicodeDecodeError as exc:
-        raise InvalidRequest("The body is not UTF-8 text.", code="invalid_json") from exc
     except msgspec.ValidationError as exc:
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json") from exc
     except msgspec.DecodeError as exc:
         raise InvalidRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def check_text(body: bytes) -> None:
+    """Raises: InvalidRequest for what is no UTF-8 text, or nested too deep."""
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+        raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="nested_too_deep")
+    try:
+        str(body, "utf-8")
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest("The body is not UTF-8 text.", code="invalid_json") from exc
 
 
 def _depth(body: bytes) -> int:
@@ -257,6 +266,7 @@ def refuse_gateway_fields(fields: RawFields) -> None:
         )
 
 
+_messages_decoder = msgspec.json.Decoder(Messages)
 _chat_decoder = msgspec.json.Decoder(ChatFields)
 _completion_decoder = msgspec.json.Decoder(CompletionFields)
 _embedding_decoder = msgspec.json.Decoder(EmbeddingFields)
@@ -267,6 +277,14 @@ def parse_chat(body: bytes) -> tuple[ChatFields, RawFields]:
     fields = check_json(body)
     refuse_gateway_fields(fields)
     return decode_fields(body, _chat_decoder), fields
+
+
+def parse_messages(text: bytes) -> list[Message] | None:
+    """The value of `messages` alone; None for anything that `parse_chat` would refuse there."""
+    try:
+        return _messages_decoder.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
 
 
 def parse_completion(body: bytes) -> tuple[CompletionFields, RawFields]:

@@ -25,7 +25,6 @@ from gateway.modes.instant import instant
 from gateway.modes.reasoning import reasoning
 from gateway.modes.summary import Summaries
 from gateway.plain import PlainAnswer
-from gateway.prepare import Prepared, prepare
 from gateway.sse import ChunkEncoder
 from gateway.tally import Tally
 
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from gateway.backends.port import Delta, Surface
     from gateway.edge import Exchange
     from gateway.models import Slot
+    from gateway.prepare import Prepared
     from gateway.record import Record
     from gateway.watch import Watched
 
@@ -53,9 +53,7 @@ async def serve_completion(
     key = state.keyring.identify(exchange.authorization)
     record.key = key.id
     body = await exchange.body(state.config.server.max_body_bytes)
-    prepared = prepare(
-        body, surface, key, state.models, state.config, request_id=exchange.request_id, trace=exchange.trace
-    )
+    prepared = state.decisions.prepare(body, surface, key, request_id=exchange.request_id, trace=exchange.trace)
     record.begin(prepared)
     hold = gateway.ledger.hold((*key.scopes, prepared.model.scope), prepared.ceiling)
     try:

@@ -142,7 +142,7 @@ def test_only_switches_can_be_turned_around() -> None:
 )
 def test_media_may_come_inline_or_from_allowed_hosts(part: Json) -> None:
     """Data URLs and hosts of server.media_hosts pass, whatever their case; text that looks like a URL is text."""
-    check_media(media(part), ["img.example"])
+    check_media(media(part).messages, ["img.example"])
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_media_from_anywhere_else_is_refused_by_its_place(url: str) -> None:
     for name, value in product(("image_url", "audio_url", "video_url"), ({"url": url}, url)):
         part = {"type": name, name: value}
         with pytest.raises(InvalidRequest, match=r"server\.media_hosts") as refused:
-            check_media(media(part), ["img.example"])
+            check_media(media(part).messages, ["img.example"])
         assert refused.value.param == f"messages[1].content[1].{name}"
 
 
 def test_without_allowed_hosts_only_inline_media_pass() -> None:
     """The default allows no host at all."""
     with pytest.raises(InvalidRequest):
-        check_media(media({"type": "image_url", "image_url": {"url": "https://img.example/a.png"}}), [])
+        check_media(media({"type": "image_url", "image_url": {"url": "https://img.example/a.png"}}).messages, [])
 
 
 @pytest.mark.parametrize(("n", "prompts"), [(8, 1), (1, 8), (2, 4)])
