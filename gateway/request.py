@@ -232,7 +232,9 @@ def check_json(body: bytes) -> RawFields:
 
 def check_text(body: bytes) -> None:
     """Raises: InvalidRequest for what is no UTF-8 text, or nested too deep."""
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+    # Splitting finds brackets many times faster than counting, and stops at so many.
+    pieces = len(body.split(b"[", MAX_DEPTH + 1)) + len(body.split(b"{", MAX_DEPTH + 1))
+    if pieces - 2 > MAX_DEPTH and _depth(body) > MAX_DEPTH:
         raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="nested_too_deep")
     try:
         str(body, "utf-8")
