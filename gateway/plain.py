@@ -18,6 +18,7 @@ from gateway.errors import UpstreamError
 
 if TYPE_CHECKING:
     from gateway.backends.reader import MarkerIds
+    from gateway.extension import Report, UsageReport
     from gateway.tally import Tally
 
 HIDDEN = ("prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics")
@@ -97,13 +98,13 @@ class PlainAnswer:
         if len(self._typed.choices) < choices:
             raise UpstreamError("The backend answered with fewer choices than it was asked for.")
 
-    def render(self, model: str | None, *, usage: bytes, extension: bytes, wants_token_ids: bool) -> bytes:
+    def render(self, model: str | None, *, usage: UsageReport, extension: Report, wants_token_ids: bool) -> bytes:
         """The client's body, once counted: thinking is cut, other text in `reasoning` is the answer.
 
         Args:
             model: public name, if it differs from the backend's.
-            usage: as JSON.
-            extension: the `thinkgate` object, as JSON.
+            usage: what stands there in place of the backend's own.
+            extension: the `thinkgate` object.
             wants_token_ids: the client asked for ids.
         """
         fields: dict[str, Any] = self._fields
@@ -112,8 +113,8 @@ class PlainAnswer:
                 fields.pop(name, None)
         if model is not None:
             fields["model"] = model
-        fields["usage"] = Raw(usage)
-        fields["thinkgate"] = Raw(extension)
+        fields["usage"] = usage
+        fields["thinkgate"] = extension
         if self._has_stray_thinking or any(choice.token_ids for choice in self._typed.choices):
             fields["choices"] = self._choices(wants_token_ids)
         return msgspec.json.encode(fields)

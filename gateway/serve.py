@@ -194,8 +194,8 @@ class Answer:
             f"{prefix}-{self._exchange.request_id}",
             self._gateway.epoch_s(),
             prepared.model.name,
-            usage=usage,
-            extension=extension,
+            usage=encode(usage),
+            extension=encode(extension),
         )
         await self._exchange.respond(200, [JSON, *self._headers()], body)
 
@@ -231,7 +231,9 @@ class Answer:
                 await self._begin(waited_from)
             await exchange.write(chunk)
         usage, extension = self._closing()
-        await exchange.write(encoder.finish(extension, usage if ask.include_usage else None), more=False)
+        await exchange.write(
+            encoder.finish(encode(extension), encode(usage) if ask.include_usage else None), more=False
+        )
 
     async def _begin(self, waited_from_s: float) -> None:
         self._exchange.wait_s += time.perf_counter() - waited_from_s
@@ -250,8 +252,8 @@ class Answer:
         both = self._prepared.ask.both_fields
         return self._key.both_fields if both is None else both
 
-    def _closing(self) -> tuple[bytes, bytes]:
-        """`usage` and `thinkgate` as JSON, once everything is counted."""
+    def _closing(self) -> tuple[UsageReport, Report]:
+        """`usage` and `thinkgate`, once everything is counted."""
         run, prepared = self._run, self._prepared
         counts, settled = run.close_books()
         prepared.cap.hit = run.tally.capped
@@ -275,7 +277,7 @@ class Answer:
             report.counted = "estimated"
         if self._summaries is not None:
             report.summary = self._summaries.outcome
-        return encode(UsageReport.of(counts)), encode(report)
+        return UsageReport.of(counts), report
 
     def _id_header(self) -> Headers:
         return [(b"x-request-id", self._exchange.request_id.encode())]

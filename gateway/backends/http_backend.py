@@ -125,7 +125,8 @@ class HttpBackend:
     async def _whole(self, path: str, body: bytes, trace: TraceHeaders) -> bytes:
         connection = await self.pool.send(path, body, extra_headers=trace)
         try:
-            await self._check_status(connection)
+            if connection.status != 200:
+                await self._check_status(connection)
             return await connection.read_all(MAX_ANSWER_BYTES)
         finally:
             connection.release()

@@ -5,17 +5,34 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budget.price import PriceTable
+from budget.tokens import TokenCounts
 from gateway.backends.reader import MarkerIds
 from gateway.errors import UpstreamError
+from gateway.extension import CapReport, Report, Spent, UsageReport
 from gateway.plain import PlainAnswer
 from gateway.tally import Tally
 
 Json = dict[str, Any]
+COUNTS, SPENT = TokenCounts(prompt=3, answer=2), Spent(tokens=5, thinking_tokens=0, nano_usd=0)
+USAGE = UsageReport.of(COUNTS)
+REPORT = Report(
+    mode="instant",
+    mode_reason="asked by model",
+    capped=False,
+    cap=CapReport(tokens=0, source="mode", enforcement="switch", hit=False),
+    tokens=COUNTS,
+    hold=SPENT,
+    settled=SPENT,
+    cost_usd=0.0,
+    backend="a",
+    request_id="req-1",
+)
 IDS = MarkerIds(start=15, end=16)
 CLOSED, OPEN = [1, 520, 15, 1116, 16, 1116], [1, 520, 9531, 198, 15, 198]
 NASTY = st.lists(
@@ -87,7 +104,7 @@ def answered(
     """What the client gets, and what was counted."""
     plain, tally = PlainAnswer(dump(answer), markers), Tally(PriceTable())
     plain.count(tally)
-    out = plain.render(model, usage=b'{"x":1}', extension=b'{"mode":"instant"}', wants_token_ids=ids)
+    out = plain.render(model, usage=USAGE, extension=REPORT, wants_token_ids=ids)
     decoded: Json = json.loads(out)
     return decoded, tally
 
@@ -99,7 +116,8 @@ def test_an_answer_passes_less_what_nobody_asked_for() -> None:
     hidden = {"prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics"}
     expected = {name: value for name, value in whole.items() if name not in hidden}
     without = {name: value for name, value in whole["choices"][0].items() if name != "token_ids"}
-    assert client == {**expected, "choices": [without], "usage": {"x": 1}, "thinkgate": {"mode": "instant"}}
+    ours = {"usage": msgspec.to_builtins(USAGE), "thinkgate": msgspec.to_builtins(REPORT)}
+    assert client == {**expected, "choices": [without], **ours}
 
 
 def test_the_public_name_replaces_the_backends() -> None:
