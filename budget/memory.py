@@ -88,15 +88,14 @@ class MemoryHold:
         least = 0
         for account in self._accounts:
             if account.unit == unit:
-                free = account.free()
+                free = account.limit.amount - account.settled - account.held_in_window
                 if tightest is None or free < least:
                     tightest, least = account, free
         if tightest is None:
             return None
+        reset_s = tightest.rolls_at - self._ledger.clock()
         return Remaining(
-            limit=tightest.limit.amount,
-            remaining=max(0, least),
-            reset_s=max(0.0, tightest.rolls_at - self._ledger.clock()),
+            limit=tightest.limit.amount, remaining=least if least > 0 else 0, reset_s=reset_s if reset_s > 0 else 0.0
         )
 
 
