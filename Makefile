@@ -48,7 +48,7 @@ test: unit e2e ## every test, real servers included
 
 unit: $(VENV)/.dev ## tests without a server or weights: under a minute
 	$(call say,"unit tests")
-	$(PY) -m pytest -m 'not e2e and not gpu' $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto -m 'not e2e and not gpu' $(PYTEST_ARGS)
 
 e2e: $(VENV)/.dev weights venv-vllm ## tests against real servers and real weights
 	$(call say,"end-to-end tests")

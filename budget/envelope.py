@@ -79,4 +79,4 @@ def thinking_is_over(
         answer_tokens: the answer's floor.
     """
     per_token_s = sampling_s / max(1, sampled - 1)
-    return now_s + first_token_s + answer_tokens * per_token_s >= deadline_s
+    return now_s + first_token_s + (answer_tokens + 1) * per_token_s >= deadline_s

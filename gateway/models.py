@@ -205,6 +205,12 @@ class Model:
         up = [slot.capabilities.max_model_len for slot in self.slots if slot.capabilities is not None]
         return min((length for length in up if length is not None), default=None)
 
+    def is_inline(self) -> bool:
+        """Whether thinking comes as marked text within the content, where only a reader of the whole text finds it."""
+        return any(
+            (slot.capabilities.thinking_field or "").startswith("inline") for slot in self.slots if slot.capabilities
+        )
+
     def choose(self, without: Collection[Slot] = ()) -> Slot:
         """The slot for the next call. Raises: Overloaded when none is usable."""
         slots = self.slots

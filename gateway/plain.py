@@ -6,6 +6,7 @@ and adding `usage` details and `thinkgate`. O(body bytes), decoding only what is
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -121,10 +122,13 @@ class PlainAnswer:
 
     def _choices(self, wants_token_ids: bool) -> list[Any] | Raw:
         has_field = any(c.message is not None and c.message.has_thinking() for c in self._typed.choices)
-        if not has_field and len(self._typed.choices) == 1 and not wants_token_ids:
+        is_clean = not has_field and not self._has_stray_thinking
+        if is_clean and len(self._typed.choices) == 1 and not wants_token_ids:
             return Raw(cut_token_ids(cut_prompt_ids(bytes(self._fields["choices"]))[0]))
         choices: list[Any] = msgspec.json.decode(self._fields["choices"])
         for choice in choices:
+            if self._has_stray_thinking:
+                self._cut_spelling(choice)
             if not wants_token_ids:
                 choice.pop("token_ids", None)
                 choice.pop("prompt_token_ids", None)
@@ -133,6 +137,18 @@ class PlainAnswer:
                 text = "".join(message.pop(name, None) or "" for name in ("reasoning", "reasoning_content"))
                 message["content"] = ("" if self._has_stray_thinking else text) + (message.get("content") or "")
         return choices
+
+    def _cut_spelling(self, choice: dict[str, Any]) -> None:
+        """Take out of a choice the ids and logprobs of its thinking, which spell what was cut."""
+        ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        if not ids or self._markers is None:
+            choice["logprobs"] = None  # whose entries are whose cannot be told
+            return
+        meter = ThinkingMeter(self._markers.start, self._markers.end, cap=0, is_open=self._is_open())
+        is_kept = [not meter.feed([token_id]).thinking for token_id in ids]
+        choice["token_ids"] = list(compress(ids, is_kept))
+        if isinstance(logprobs, dict) and isinstance(entries := logprobs.get("content"), list):
+            choice["logprobs"] = {**logprobs, "content": list(compress(entries, is_kept))}
 
     def _is_open(self) -> bool:
         prompt, markers = bytes(self._typed.prompt_token_ids), self._markers

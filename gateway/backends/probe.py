@@ -152,7 +152,6 @@ class _Prober:
         if not ids[0] or not ids[1]:
             self.detail["two_phase"] = "does not tokenise the thinking markers"
             return Continuing(ids_in=ids_in)
-        tail = await self.text(prompt[-12:])
         with_tools = await self.chat_tokens(tools=[TOOL])
         return Continuing(
             ids_in=True,
@@ -165,7 +164,7 @@ class _Prober:
                 start_id=None if markers is None else markers.start,
                 end_id=None if markers is None else markers.end,
             ),
-            template_opens=tail.rstrip().endswith(thinking.start.rstrip()),
+            template_opens=await self.is_open(prompt),
             tool_format=tool_format_of(await self.text(with_tools)) if with_tools else None,
             tool_opener=await self._single_token(OPENING),
         )
@@ -203,7 +202,19 @@ class _Prober:
         message = answer.message()
         if answer.status != 200 or message.get("reasoning") or message.get("reasoning_content"):
             return False
-        return markers is None or count_thinking(answer, markers) == (0, True)
+        if markers is not None:
+            return count_thinking(answer, markers) == (0, True)
+        thinking, content = self._backend.thinking, str(message.get("content") or "")
+        if thinking.start in content or thinking.end in content:
+            return False
+        if self._backend.kind != "vllm":
+            return True
+        prompt = await self.tokens(messages=MESSAGES, **thinking.off) or []
+        return not (await self.is_open(prompt) and await self.is_thinking(answer, None))
+
+    async def is_open(self, prompt: list[int]) -> bool:
+        """Whether a rendered prompt ends inside the thinking."""
+        return (await self.text(prompt[-12:])).rstrip().endswith(self._backend.thinking.start.rstrip())
 
     async def chat(self, **more: object) -> _Answer:
         """A short thinking call."""

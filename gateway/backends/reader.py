@@ -266,7 +266,8 @@ class StreamReader:
             count = len(choice.token_ids)
             return Split(thinking=count) if thinking_text else Split(answer=count)
         if self._expects_ids and self._prompt_tokens:
-            return Split()
+            if choice.token_ids is not None or not (thinking_text or answer_text):
+                return Split()
         if thinking_text:
             return Split(thinking=1)
         has_more = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)

@@ -335,7 +335,9 @@ class Chains:
         """Whether the prompt leaves the thinking open, or ends with a closed chain."""
         forcing = self._forcing
         if forcing.end_id is None:
-            return self._found.template_opens and self._call.thinking.enabled, False
+            if self._call.thinking.enabled:
+                return self._found.template_opens, False
+            return tuple(self._prompt[-len(forcing.opening) :]) == forcing.opening, False
         for token_id in reversed(self._prompt[-TAIL_TOKENS:]):
             if token_id in (forcing.start_id, forcing.end_id):
                 return token_id == forcing.start_id, token_id == forcing.end_id

@@ -110,10 +110,13 @@ class Guard:
         for delta in deltas:
             before = used[delta.index]
             used[delta.index] += delta.thinking
+            is_over = delta.index in self._over
             if delta.index in self.lost:
                 self._tally.waste(delta)
-            elif delta.thinking and used[delta.index] > cap:
-                self._drop(delta, used[delta.index] - max(cap, before))
+                self._finished.discard(delta.index)
+            elif delta.thinking and (is_over or used[delta.index] > cap):
+                # After a dropped one none fits any more, however short: it would follow on a gap.
+                self._drop(delta, delta.thinking if is_over else used[delta.index] - max(cap, before))
             elif delta.finish_reason is not None and delta.index in self._over and not delta.answer:
                 self._lose(delta.index)
             else:

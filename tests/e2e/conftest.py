@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tests.e2e.servers import (
     Gateway,
     StartGateway,
     Vllm,
+    capped_by,
     gateway_running,
     model_config,
     require,
@@ -73,6 +74,23 @@ def vllm_gateway(vllm_config: dict[str, Any], tmp_path_factory: pytest.TempPathF
     """One gateway before the real vLLM, for all tests that leave it as they find it."""
     with gateway_running(vllm_config, tmp_path_factory.mktemp("thinkgate-vllm")) as gateway:
         yield gateway
+
+
+@pytest.fixture(scope="session")
+def cap_gateway(
+    vllm_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Gateway]]:
+    """One gateway before the real vLLM for each of the ways of `CAP_WAYS`, from when it is first asked for."""
+    gateways: dict[str, Gateway] = {}
+    with ExitStack() as stack:
+
+        def start(way: str) -> Gateway:
+            if way not in gateways:
+                folder = tmp_path_factory.mktemp(f"thinkgate-{way}")
+                gateways[way] = stack.enter_context(gateway_running(capped_by(vllm_config, way), folder))
+            return gateways[way]
+
+        yield start
 
 
 @pytest.fixture(scope="session")

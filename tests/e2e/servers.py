@@ -23,6 +23,20 @@ VLLM_START_S = 300
 GATEWAY_START_S = 180  # the embedded engine imports torch and loads weights
 POLL_LIMIT_S = 30
 PRICES = {"prompt": 1.0, "cached": 0.5, "thinking": 4.0, "answer": 2.0}  # US dollars per million tokens
+CAP_DEFAULT_TOKENS = 12
+WRAP_UP = "\nTime is up.\n"
+CAP_WAYS: Mapping[str, Mapping[str, Any]] = {
+    "native": {},
+    "two_phase": {"enforce": "two_phase"},
+    # Markers of several tokens, for a model that does not think by itself. In reasoning mode the switch, which is this
+    # way round, has the template close the block that it opens, as vLLM's own parser of thinking wants it.
+    "prefilled": {
+        "native": False,
+        "start": "<reason>",
+        "end": "</reason>",
+        "off": {"chat_template_kwargs": {"enable_thinking": True}},
+    },
+}
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 VLLM_FLAGS = (
@@ -135,6 +149,13 @@ def model_config(backend: Mapping[str, Any], **model: Any) -> dict[str, Any]:
         "price_usd_per_mtok": PRICES,
     }
     return {"models": {"smollm2": {**entry, **model}}}
+
+
+def capped_by(config: Mapping[str, Any], way: str) -> dict[str, Any]:
+    """`config` with its caps held in one of the ways of `CAP_WAYS`, a short default cap and a short wrap-up."""
+    model = config["models"]["smollm2"]
+    thinking = {**model["thinking"], "default_tokens": CAP_DEFAULT_TOKENS, "wrap_up": WRAP_UP, **CAP_WAYS[way]}
+    return {**config, "models": {"smollm2": {**model, "thinking": thinking}}}
 
 
 @contextmanager

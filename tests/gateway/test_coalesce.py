@@ -79,3 +79,12 @@ async def test_abort_drops_what_is_held() -> None:
     transport.abort()
     await asyncio.sleep(0)
     assert wire.events == ["abort"]
+
+
+async def test_nothing_is_written_to_a_connection_that_was_lost_meanwhile() -> None:
+    """The peer may close in the very turn in which something was held back: that is dropped without an error."""
+    transport, wire = coalesced()
+    transport.write(b"never")
+    wire.close()
+    await asyncio.sleep(0)
+    assert wire.events == ["close"]

@@ -31,10 +31,10 @@ def test_without_ids_the_field_says_what_it_is(field: str) -> None:
     assert deltas[1].wire == chunk(f'{{"{field}":"hm"}}')
 
 
-def test_an_event_without_ids_is_no_token_where_ids_are_given() -> None:
-    """A backend that gives ids and sends an event without them has sent no token."""
-    deltas = read(role(), chunk('{"reasoning":"a"}', "[7]"), chunk('{"reasoning":"b"}', "null"))
-    assert counts(deltas) == (1, 0, 0)
+def test_text_without_ids_counts_where_ids_are_given() -> None:
+    """A backend that stops giving ids cannot think past its cap unseen: text counts, an empty event does not."""
+    deltas = read(role(), chunk('{"reasoning":"a"}', "[7]"), chunk('{"reasoning":"b"}', "null"), chunk("{}", "null"))
+    assert counts(deltas) == (2, 0, 0)
     assert shown(deltas) == ("ab", "")
 
 
