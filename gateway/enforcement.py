@@ -25,6 +25,7 @@ class Needs(NamedTuple):
         has_envelope: the envelope may have to end the thinking before the cap does.
         min_thinking: thinking may have to be made to go on.
         is_native: the model thinks by itself.
+        continues: goes on from a message of the assistant's.
     """
 
     is_chat: bool = True
@@ -33,6 +34,7 @@ class Needs(NamedTuple):
     has_envelope: bool = False
     min_thinking: int = 0
     is_native: bool = True
+    continues: bool = False
 
 
 def enforcement(found: Capabilities, needs: Needs, policy: Policy, kind: str) -> tuple[How, str]:
@@ -49,18 +51,26 @@ def enforcement(found: Capabilities, needs: Needs, policy: Policy, kind: str) ->
     must_prefill = not needs.is_native and kind != "embedded"
     if can_chain and (policy == "two_phase" or needs.has_envelope or needs.min_thinking or must_prefill):
         return "two_phase", ""
-    no_chain = _why_no_chain(found, needs)
     if policy == "two_phase" or needs.min_thinking or must_prefill:
-        return "none", no_chain
+        return "none", _why_no_chain(found, needs)
     if binds:
         return "native", ""
+    if policy == "auto" and can_chain:
+        return "two_phase", ""
+    return _last_resort(found, needs, policy, kind)
+
+
+def _last_resort(found: Capabilities, needs: Needs, policy: Policy, kind: str) -> tuple[How, str]:
+    """The soft fallback, where thinking can be told from answers and the configuration does not insist on better."""
     name = "cap + tools" if needs.has_tools and found.cap_binds else "cap"
     ignored = found.detail.get(name, "not measured")
     if policy == "native":
         return "none", f"{ignored}, and thinking.enforce is native"
-    if can_chain:
-        return "two_phase", ""
-    return ("none", f"{ignored}; {no_chain}") if kind == "embedded" else ("soft", "")
+    if kind == "embedded":
+        return "none", f"{ignored}; {_why_no_chain(found, needs)}"
+    if found.thinking_field is None:
+        return "none", f"{ignored}; and no thinking was recognised in its answers"
+    return "soft", ""
 
 
 def instant_enforcement(found: Capabilities, needs: Needs) -> How:

@@ -114,7 +114,12 @@ def decide(
     check_choices(ask.n, ask.prompts, model.config.max_n)
     if ask.answer_floor is not None:
         _check_floor(ask, ask.answer_floor, model)
-    needs = _needs(ask, model, is_chat=surface == "chat", has_media=media_parts > 0)
+    needs = _needs(ask, model, is_chat=surface == "chat", has_media=media_parts > 0, continues=_continues(raw))
+    if ask.envelope is not None and ask.envelope.nano_usd is not None and model.config.price_usd_per_mtok is None:
+        raise InvalidRequest(
+            f"`thinkgate.envelope.usd` bounds nothing, since {model.name!r} has no price: leave it out.",
+            param="thinkgate.envelope.usd",
+        )
     decision, bounds, cap, report, slack = _bounded(ask, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
     max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
@@ -162,15 +167,22 @@ class _Bounded(NamedTuple):
 
 def _bounded(ask: Ask, model: Model, key: Key, config: Config, needs: Needs) -> _Bounded:
     bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
-    decision = _decide(ask, key, bounds, config, model)
+    decision = _decide(ask, key, bounds, config, model, needs)
+    if decision.mode == "reasoning" and needs.continues:
+        raise InvalidRequest(
+            "`continue_final_message` and `add_generation_prompt: false` go on from a message, where thinking cannot"
+            " begin: leave them out, or ask for instant mode.",
+            param="continue_final_message",
+            code="contradictory_parameters",
+        )
     if decision.mode == "reasoning":
         how, why_not, forcing = model.enforcement(needs)
         slack = 0
         if how == "two_phase" and forcing is not None:
             slack = forcing.most_wasted()
             bounds = msgspec.structs.replace(bounds, forced=forcing.overhead())
-        elif how == "native" and model.kind == "embedded" and forcing is not None:
-            # The engine forces the same texts; an opening marker of its own stands in the prompt.
+        elif how == "native" and forcing is not None:
+            # An engine of ours forces the same texts, and so does the gateway if it has to take over.
             bounds = msgspec.structs.replace(bounds, forced=forcing.overhead() - len(forcing.opening))
         cap, report = _cap(ask, bounds, model, how, why_not)
         if cap.tokens:
@@ -179,7 +191,13 @@ def _bounded(ask: Ask, model: Model, key: Key, config: Config, needs: Needs) -> 
     return _Bounded(decision, bounds, None, _instant_report(model, needs), 0)
 
 
-def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool) -> Needs:
+def _continues(raw: RawFields) -> bool:
+    """Whether the model is to go on from the last message, whatever state of thinking that is in."""
+    goes_on, begins = raw.get("continue_final_message"), raw.get("add_generation_prompt")
+    return (goes_on is not None and bytes(goes_on) == b"true") or (begins is not None and bytes(begins) == b"false")
+
+
+def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues: bool) -> Needs:
     return Needs(
         is_chat=is_chat,
         has_tools=ask.has_tools,
@@ -187,6 +205,7 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool) -> Needs:
         has_envelope=ask.envelope is not None,
         min_thinking=ask.min_thinking,
         is_native=model.thinking.native,
+        continues=continues,
     )
 
 
@@ -233,7 +252,7 @@ def _check_floor(ask: Ask, floor: int, model: Model) -> None:
         )
 
 
-def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model) -> ModeDecision:
+def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model, needs: Needs) -> ModeDecision:
     facts = ModeFacts(
         asked=ask.mode,
         asked_by=ask.mode_field,
@@ -242,6 +261,7 @@ def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model) ->
         on_uncertain=config.routing.on_uncertain,
         thinking_room=bounds.ceiling()[0],
         is_native=model.thinking.native,
+        continues=needs.continues,
     )
     try:
         return decide_mode(facts)

@@ -25,6 +25,7 @@ from gateway.modes.instant import instant
 from gateway.modes.reasoning import reasoning
 from gateway.modes.summary import Summaries
 from gateway.plain import PlainAnswer
+from gateway.prepare import TEMPLATE_MARGIN_TOKENS
 from gateway.sse import ChunkEncoder
 from gateway.tally import Tally
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from gateway.prepare import Prepared
     from gateway.record import Record
     from gateway.watch import Watched
+
+BYTES_PER_TOKEN = 4  # about; only for prompts that nobody counted
 
 
 async def serve_completion(
@@ -92,13 +95,15 @@ class Answer:
         ask = prepared.ask
         bounds = ask.envelope
         most_output = (prepared.call.max_tokens + prepared.slack) * prepared.choices
+        most_prompt = prepared.ceiling.tokens - most_output - sum(prepared.aside)
         self._run = Run(
             model=prepared.model,
             call=prepared.call,
             tally=Tally(
                 prepared.model.prices,
-                most_prompt=prepared.ceiling.tokens - most_output - sum(prepared.aside),
+                most_prompt=most_prompt,
                 most_output=most_output,
+                likely_prompt=max(1, most_prompt - TEMPLATE_MARGIN_TOKENS) // BYTES_PER_TOKEN,
             ),
             hold=hold,
             envelope=Envelope()

@@ -27,6 +27,7 @@ class Tally:
     Args:
         prices: of its model.
         most_prompt: bound of its prompt, and
+        likely_prompt: its tokens, if the call is cut before its backend tells and without ids; and
         most_output: output tokens it was allowed: a backend that claims more, without having sent it, is not believed.
 
     Attributes:
@@ -37,6 +38,7 @@ class Tally:
     """
 
     __slots__ = (
+        "_likely_prompt",
         "_most_output",
         "_most_prompt",
         "_prices",
@@ -54,10 +56,18 @@ class Tally:
         "wasted",
     )
 
-    def __init__(self, prices: PriceTable, *, most_prompt: int = UNBOUNDED, most_output: int = UNBOUNDED) -> None:
+    def __init__(
+        self,
+        prices: PriceTable,
+        *,
+        most_prompt: int = UNBOUNDED,
+        most_output: int = UNBOUNDED,
+        likely_prompt: int = 0,
+    ) -> None:
         self._prices = prices
         self._most_prompt = most_prompt
         self._most_output = most_output
+        self._likely_prompt = likely_prompt
         self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = 0
         self.thinking_by_choice: dict[int, int] = {}
         self.capped = self.has_ids = self.is_guess = False
@@ -124,7 +134,7 @@ class Tally:
         usage = self.usage
         if usage is None:
             return TokenCounts(
-                prompt=self.prompt,
+                prompt=self.prompt or (self._likely_prompt if self._is_unsaid() else 0),
                 thinking=self.thinking,
                 answer=self.answer,
                 injected=self.injected,

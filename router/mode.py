@@ -37,6 +37,7 @@ class ModeFacts(NamedTuple):
         on_uncertain: `routing.on_uncertain`.
         thinking_room: tokens of thinking that limits leave for this request.
         is_native: the model thinks by itself; another one thinks only when asked to.
+        continues: the request goes on from a message of the assistant's, where no thinking can begin.
     """
 
     asked: Literal["auto", "instant", "reasoning"]
@@ -46,6 +47,7 @@ class ModeFacts(NamedTuple):
     on_uncertain: Mode
     thinking_room: int
     is_native: bool = True
+    continues: bool = False
 
 
 class ModeDecision(NamedTuple):
@@ -67,6 +69,13 @@ def decide_mode(facts: ModeFacts) -> ModeDecision:
     only = None if facts.allowed is None else _only_mode(facts.allowed)
     if only is not None:
         return ModeDecision(only, "the key's only mode")
+    return _auto(facts)
+
+
+def _auto(facts: ModeFacts) -> ModeDecision:
+    """The mode of a request that names none and may have any."""
+    if facts.continues:
+        return ModeDecision("instant", "the request continues a message")
     if facts.thinking_room <= 0:
         return ModeDecision("instant", "limits leave no room for thinking")
     if facts.default_mode != "auto":

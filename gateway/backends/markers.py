@@ -87,3 +87,37 @@ class MarkerSplitter:
             return ""
         self._may_open = False
         return text
+
+
+class AnswerFilter:
+    """One choice's answer text without what stands between markers: thinking that was reopened in it.
+
+    Args:
+        start: opening marker.
+        end: closing marker.
+    """
+
+    __slots__ = ("_end", "_held", "_is_inside", "_start")
+
+    def __init__(self, start: str, end: str) -> None:
+        self._start, self._end = start, end
+        self._held = ""
+        self._is_inside = False
+
+    def feed(self, text: str, *, is_last: bool) -> str:
+        """The text that is certain by now."""
+        text, shown = self._held + text, []
+        self._held = ""
+        while text:
+            marker = self._end if self._is_inside else self._start
+            before, found, after = text.partition(marker)
+            if found:
+                shown.append("" if self._is_inside else before)
+                self._is_inside = not self._is_inside
+                text = after
+                continue
+            keep = 0 if is_last else held_back(text, marker)
+            self._held = text[len(text) - keep :] if keep else ""
+            shown.append("" if self._is_inside else text[: len(text) - keep])
+            break
+        return "".join(shown)

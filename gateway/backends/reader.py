@@ -265,9 +265,9 @@ class StreamReader:
                 return state.meter.feed(choice.token_ids)
             count = len(choice.token_ids)
             return Split(thinking=count) if thinking_text else Split(answer=count)
-        if self._expects_ids and self._prompt_tokens:
-            if choice.token_ids is not None or not (thinking_text or answer_text):
-                return Split()
+        is_bare = choice.token_ids is not None or not (thinking_text or answer_text)
+        if is_bare and self._expects_ids and self._prompt_tokens:
+            return Split()
         if thinking_text:
             return Split(thinking=1)
         has_more = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)

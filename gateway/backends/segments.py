@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WAIT = "Wait"
 CONTINUES = {"continue_final_message": True, "add_generation_prompt": False}
 FORBIDDEN_BIAS = -100
+MOST_SEED = 2**63  # seeds are signed 64 bit integers at vLLM
 # `stop` is there in instant mode only; in reasoning mode the gateway looks for it.
 ANSWER_FIELDS = ("response_format", "structured_outputs", "stop", "include_stop_str_in_output")
 
@@ -111,7 +112,7 @@ class SegmentFields:
         self._call, self._plan = call, plan
         self._sampling = sampling_fields(fields)
         self._seed: int | None = _decoded(fields, "seed")
-        self._min_tokens: int = _decoded(fields, "min_tokens") or 0
+        self._min_tokens = _min_tokens(fields)
         self._stop_token_ids: tuple[int, ...] = tuple(_decoded(fields, "stop_token_ids") or ())
         self._top_logprobs = (_decoded(fields, "top_logprobs") or 0) if _decoded(fields, "logprobs") else None
         self._answer = {name: fields[name] for name in ANSWER_FIELDS if name in fields}
@@ -129,7 +130,7 @@ class SegmentFields:
         """The next segment of a choice: seeds differ by choice; the answer has its format, its stops and its floor."""
         fields = dict(self._sampling)
         if self._seed is not None:
-            fields["seed"] = _raw(self._seed + index)
+            fields["seed"] = _raw((self._seed + index) % MOST_SEED)
         is_thinking = chain.phase == "thinking"
         if is_thinking:
             fields |= self._bias
@@ -166,6 +167,15 @@ def tool_plan(call: Call, tool_format: str | None) -> ToolPlan:
         return answer_plan(tools, choice, parallel is not False, tool_format)
     except ToolsNotParsable as exc:
         raise InvalidRequest(exc.message, param=exc.param, code="unsupported_parameter") from exc
+
+
+def _min_tokens(fields: Mapping[str, msgspec.Raw]) -> int:
+    least = _decoded(fields, "min_tokens")
+    if least is None:
+        return 0
+    if not isinstance(least, int) or isinstance(least, bool) or least < 0:
+        raise InvalidRequest("`min_tokens` must be an integer of at least 0.", param="min_tokens")
+    return least
 
 
 def _decoded(fields: Mapping[str, msgspec.Raw], name: str) -> Any:  # noqa: ANN401  # JSON is of any type

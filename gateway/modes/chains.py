@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from budget.chain import Chain, ChainRules, Forcing, Step
 from budget.envelope import chain_bounds, thinking_is_over
 from gateway.backends.events import FINISH_REASONS, TAIL_TOKENS
-from gateway.backends.markers import MarkerSplitter
+from gateway.backends.markers import AnswerFilter, MarkerSplitter
 from gateway.backends.port import Capabilities, Delta, Kind, Usage
 from gateway.backends.segments import WAIT, SegmentFields, tool_plan
 from gateway.backends.tool_calls import OPENING
@@ -59,6 +59,7 @@ class _Choice:
     index: int
     chain: Chain
     reader: ToolReader
+    unthought: AnswerFilter
     segments: int = 0  # begun so far; the call that was taken over is one
     splitter: MarkerSplitter | None = None
     pending: list[int] = field(default_factory=list)  # tokens whose text the splitter holds back
@@ -112,7 +113,8 @@ class Chains:
             else:
                 index = which
                 step = chain.open(is_open=is_open)
-            choice = _Choice(index, chain, self._plan.reader(), segments=int(bool(lost)))
+            unthought = AnswerFilter(self._call.thinking.start, self._call.thinking.end)
+            choice = _Choice(index, chain, self._plan.reader(), unthought, segments=int(bool(lost)))
             streams.append(self._choice(choice, step, waits=at > 0))
         async with aclosing(merged(streams)) as batches:
             async for batch in batches:
@@ -208,7 +210,8 @@ class Chains:
             step = chain.feed(ids, delta.finish_reason, delta.stop_reason)
             self._run.tally.wasted += step.wasted
             delta.kind, delta.answer, delta.token_ids = Kind.ANSWER, step.answer, step.ids
-            text = delta.text if not step.wasted else ""
+            # By text, too: markers of several tokens have no ids, and an event may hold both answer and marker.
+            text = choice.unthought.feed(delta.text if step.answer or not step.wasted else "", is_last=step.is_over)
             delta.finish_reason = delta.stop_reason = None
             delta.text, calls = choice.reader.push(text)
             delta.tool_calls = calls or None
@@ -242,7 +245,10 @@ class Chains:
         choice.pending, choice.pending_logprobs = [], []
         delta.token_ids, delta.logprobs = ids, {"content": entries} if entries else None
         if not is_closed:
-            return chain.feed(ids, finish, stop)
+            step = chain.feed(ids, finish, stop)
+            if step.is_over:
+                delta.text = self._before_end(delta.text, step)
+            return step
         border = max(0, len(ids) - len(self._forcing.closing))
         before, marker = chain.feed(ids[:border]), Step()
         if not before.is_over:
@@ -310,14 +316,21 @@ class Chains:
 
     def _rules(self) -> ChainRules:
         """What bounds each chain. Raises: InvalidRequest when the envelope cannot hold the prompt."""
-        run, thinking = self._run, self._call.thinking
-        total, purse = chain_bounds(
-            run.envelope, run.model.prices, prompt=len(self._prompt), choices=run.choices, total=self._call.max_tokens
-        )
+        run, thinking, prompt = self._run, self._call.thinking, len(self._prompt)
+        total, window = self._call.max_tokens, self._found.max_model_len
+        if window is not None:
+            total = min(total, window - prompt)
+            if total <= self._forcing.overhead():
+                raise InvalidRequest(
+                    f"The prompt has {prompt} tokens: the model's window of {window} has no room for an answer.",
+                    param="messages",
+                    code="context_length_exceeded",
+                )
+        total, purse = chain_bounds(run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=total)
         self._total = total
         if total <= 0 or (purse is not None and purse.femto_usd <= 0):
             raise InvalidRequest(
-                f"The prompt alone ({len(self._prompt)} tokens) takes all of `thinkgate.envelope`.",
+                f"The prompt alone ({prompt} tokens) takes all of `thinkgate.envelope`.",
                 param="thinkgate.envelope",
                 code="envelope_too_small",
             )

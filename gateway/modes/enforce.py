@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from gateway.models import Slot
     from gateway.modes.flow import Batches, Run
 
+# Fields by which a client can make an honest backend think where it should not: what happens then proves nothing.
+TAMPERING = frozenset(
+    (
+        "add_generation_prompt",
+        "allowed_token_ids",
+        "bad_words",
+        "continue_final_message",
+        "logit_bias",
+        "response_format",
+        "structured_outputs",
+    )
+)
+
 
 class Enforcement:
     """How one request's cap is held, whichever slot it lands on.
@@ -56,6 +69,7 @@ class Enforcement:
         assert guard is not None
         run.guard = None
         run.enforced.overrun += guard.overrun
+        run.enforced.dropped += guard.dropped
         lost = sorted(guard.lost)
         thinking = {index: run.tally.thinking_by_choice.get(index, 0) for index in lost}
         is_lie = not guard.lost <= guard.calls
@@ -65,7 +79,7 @@ class Enforcement:
         if run.enforced.how == "soft":
             thoughts = {index: "".join(guard.thoughts.get(index, ())) for index in lost}
             return soft_answers(run, slot.backend, found, thoughts, thinking)
-        if is_lie:
+        if is_lie and TAMPERING.isdisjoint(run.call.fields):
             slot.distrust(instant=not run.call.thinking.enabled)
         run.enforced.how = "two_phase"
         assert found.forcing is not None

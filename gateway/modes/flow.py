@@ -38,6 +38,7 @@ class Enforced:
         ended_by: the bound that ended the thinking: `cap`, `total`, `usd` or `seconds`.
         spent: the part of the envelope that a chain's answer used up.
         overrun: thinking tokens beyond the cap of a call that was taken over.
+        dropped: tokens that were dropped for it.
         waits: how often "Wait" was forced.
         resent_tokens: prompt tokens of all segments after a choice's first.
         resent_cached_tokens: those of them that the backend took from its prefix cache.
@@ -48,6 +49,7 @@ class Enforced:
     ended_by: str | None = None
     spent: str | None = None
     overrun: int = 0
+    dropped: int = 0
     waits: int = 0
     resent_tokens: int = 0
     resent_cached_tokens: int = 0
@@ -122,6 +124,10 @@ class Run:
         """Thinking tokens a backend sent beyond the cap."""
         return self.enforced.overrun + (0 if self.guard is None else self.guard.overrun)
 
+    def _dropped(self) -> int:
+        """Tokens of a lie: they are the backend's debt, and take nothing away from the answer."""
+        return self.enforced.dropped + (0 if self.guard is None else self.guard.dropped)
+
     def close_books(self) -> tuple[TokenCounts, Amounts]:
         """Final counts, reported to the hold; further calls return the same."""
         if self.counts is None or self.settled is None:
@@ -160,7 +166,7 @@ class Run:
             deltas = guard.kept(deltas)
             self.is_cut = guard.is_lost()
         now_s = self.clock()
-        if self.is_bounded or tally.output() > self.most_output:
+        if self.is_bounded or tally.output() > self.most_output + self._dropped():
             spent = self._spent(now_s)
             if spent is not None:
                 return self._end_spent(deltas, spent)
@@ -198,7 +204,7 @@ class Run:
 
     def _spent(self, now_s: float) -> str | None:
         """The bound that is met, or None."""
-        if self.tally.output() > self.most_output:
+        if self.tally.output() > self.most_output + self._dropped():
             return "hold"
         used = self.tally.amounts(self.tally.counts())
         try:

@@ -32,6 +32,7 @@ class Guard:
         lost: choices that think on past the cap and its grace, or ended like that, or began a call.
         calls: those of them that began a call.
         overrun: thinking tokens the backend sent beyond the cap.
+        dropped: tokens that were dropped for it.
         ids: delivered output by choice.
         thoughts: delivered thinking text by choice.
     """
@@ -45,6 +46,7 @@ class Guard:
         "_over",
         "_tally",
         "calls",
+        "dropped",
         "ids",
         "lost",
         "overrun",
@@ -66,7 +68,7 @@ class Guard:
         self.calls: set[int] = set()
         self._over: dict[int, int] = {}
         self.lost: set[int] = set()
-        self.overrun = 0
+        self.overrun = self.dropped = 0
         self.ids: dict[int, list[int]] = {}
         self.thoughts: dict[int, list[str]] = {}
 
@@ -90,10 +92,10 @@ class Guard:
         kept = []
         for delta in deltas:
             if delta.index in self.calls:
-                self._tally.waste(delta)
+                self._waste(delta)
                 self._finished.discard(delta.index)
             elif delta.thinking and opener in delta.token_ids:
-                self._tally.waste(delta)
+                self._waste(delta)
                 self._tally.wasted -= 1  # the opening token itself is kept: the call goes on from it
                 self.calls.add(delta.index)
                 self._lose(delta.index)
@@ -112,7 +114,7 @@ class Guard:
             used[delta.index] += delta.thinking
             is_over = delta.index in self._over
             if delta.index in self.lost:
-                self._tally.waste(delta)
+                self._waste(delta)
                 self._finished.discard(delta.index)
             elif delta.thinking and (is_over or used[delta.index] > cap):
                 # After a dropped one none fits any more, however short: it would follow on a gap.
@@ -130,11 +132,15 @@ class Guard:
         return bool(self.lost) and len(self.lost) + len(self._finished) >= self._choices
 
     def _drop(self, delta: Delta, over: int) -> None:
-        self._tally.waste(delta)
+        self._waste(delta)
         self.overrun += over
         self._over[delta.index] = self._over.get(delta.index, 0) + over
         if self._over[delta.index] > GRACE_TOKENS or delta.finish_reason is not None:
             self._lose(delta.index)
+
+    def _waste(self, delta: Delta) -> None:
+        self.dropped += delta.thinking + delta.answer + delta.injected
+        self._tally.waste(delta)
 
     def _lose(self, index: int) -> None:
         self.lost.add(index)

@@ -297,6 +297,19 @@ class Cell:
             return "native"  # there is nothing to take over
         return column.how
 
+    def packing(self) -> tuple[int, int]:
+        """Tokens per event and events per write: one choice comes in small pieces, several in large ones."""
+        if self.n == 1:
+            return 1, 1
+        return (3, 2) if self.of.has_ids else (1, 6)
+
+    def slack(self) -> int:
+        """Tokens below the cap at which the thinking may end."""
+        if not self.tokens:
+            return 0
+        # What came together is dropped together, if it goes past the cap.
+        return self.of.slack if self.of.is_honest else self.packing()[0] - 1
+
     def may_end_early(self) -> bool:
         """Whether what arrives before a cut may take room from an answer that goes to the limit."""
         return self.feature == "limit" and not (self.of.is_honest and self.of.has_ids)

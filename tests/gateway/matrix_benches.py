@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -29,7 +29,6 @@ from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import DEADLINE_S, Exchange, Script
 from tests.scripted_stream import Choice, Say, Token, tokens, tool_call_tokens
 
-EVENTS_PER_WRITE = 6  # of several choices, which alternate; one choice arrives an event at a time
 TEMPLATE = HERMES + (
     "{% if add_generation_prompt %}{{ '[assistant]' }}"
     "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
@@ -58,16 +57,11 @@ class Processed:
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """A running column.
-
-    Attributes:
-        told: what the first answer in a cell said, streamed or not, for comparison with the other.
-    """
+    """A running column."""
 
     name: str
     column: Column
     gateway: Gateway
-    told: dict[Cell, Json] = field(default_factory=dict)
 
     def play(self, cell: Cell) -> None:
         """Let the backend say what belongs to a cell."""
@@ -107,7 +101,8 @@ class ScriptedBench(Bench):
 
     backend: ScriptedBackend
     _says: Sequence[Say] = ()
-    _per_write: int = 1
+    _tokens_per_event: int = 1
+    _events_per_write: int = 1
     _trusted: Any = None
 
     def __post_init__(self) -> None:
@@ -125,7 +120,7 @@ class ScriptedBench(Bench):
         slot = self._slot()
         slot.capabilities = slot.backend.capabilities = self._trusted
         self._says = [cell.asks.says(choice) for choice in range(cell.n)]
-        self._per_write = 1 if cell.n == 1 else EVENTS_PER_WRITE
+        self._tokens_per_event, self._events_per_write = cell.packing()
 
     def _script(self, exchange: Exchange) -> Script:
         request = exchange.json
@@ -135,8 +130,15 @@ class ScriptedBench(Bench):
         thoughts = _thoughts_to_answer(request)
         if thoughts is not None:
             found = re.search(r"t(\d+)\.", thoughts)
-            return Script(say=[says[int(found[1]) if found else 0]], thinks=False, events_per_write=self._per_write)
-        return Script(say=says, model=self.column.serves, seed=SEED, events_per_write=self._per_write)
+            says = [says[int(found[1]) if found else 0]]
+        return Script(
+            say=says,
+            model=self.column.serves,
+            thinks=None if thoughts is None else False,
+            seed=SEED,
+            tokens_per_event=self._tokens_per_event,
+            events_per_write=self._events_per_write,
+        )
 
     def thoughts(self, choice: int) -> list[str]:
         """See above."""

@@ -80,12 +80,16 @@ def told(answer: Json, cell: Cell) -> Json:
     kept["prompt_token_ids"] = answer.get("prompt_token_ids")
     counts = dict(extension["tokens"])
     counts["prompt"] += counts.pop("cached")
+    if extension.get("counted") == "estimated":  # by the size of the request, which says whether it streams
+        for names, where in (({"prompt"}, counts), ({"prompt_tokens", "total_tokens"}, kept["usage"])):
+            for name in names:
+                where.pop(name)
     cap = {k: v for k, v in extension["cap"].items() if not k.startswith("resent")}
     for name in ("mode", "mode_reason", "ended_by", "counted", "backend"):
         kept[name] = extension.get(name)
     if cell.column in INSTANT_COLUMNS and not cell.of.is_honest:
         # The whole answer came in one piece: it was cut afterwards, and its markers counted as answer.
-        return {**kept, "choices": [{**choice, "logprobs": None} for choice in kept["choices"]]}
+        return {"choices": [{**choice, "logprobs": None, "token_ids": None} for choice in kept["choices"]]}
     if not cell.is_exact():
         counts.pop("wasted")
         cap.pop("overrun_tokens", None)
@@ -148,8 +152,7 @@ def _thought(cell: Cell, bench: Bench, message: Json, index: int) -> int:
     shown = text.removesuffix(WRAP_UP)
     count = next((n for n in range(len(texts) + 1) if "".join(texts[:n]) == shown), None)
     assert count is not None, f"choice {index} thought {shown!r}"
-    slack = cell.of.slack if cap else 0
-    assert cap - slack <= count <= cap
+    assert cap - cell.slack() <= count <= cap
     is_cut = cell.tokens is not None and cell.tokens < len(texts)
     must_wrap = is_cut and count and (cell.how() == "two_phase" or cell.column == "embedded")
     assert text.endswith(WRAP_UP) or not must_wrap
@@ -211,6 +214,7 @@ def _check_report(cell: Cell, answer: Json, thought: Sequence[int]) -> None:
 
 def _check_usage(cell: Cell, answer: Json, thought: Sequence[int]) -> None:
     usage, counts = answer["usage"], answer["thinkgate"]["tokens"]
+    assert usage["prompt_tokens"] > 0
     assert usage["prompt_tokens"] == counts["prompt"] + counts["cached"]
     assert usage["completion_tokens"] == counts["thinking"] + counts["answer"] + counts["injected"]
     if cell.feature == "limit":

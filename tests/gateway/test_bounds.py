@@ -262,3 +262,64 @@ async def test_a_tool_call_begun_in_native_thinking_is_not_cut_by_the_cap(
         assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_time", "arguments": '{"city": "Graz"}'}
         assert choice["message"]["reasoning"] == "let me call"
         assert not choice["message"]["content"]
+
+
+@pytest.mark.parametrize("body", [STREAM, ASK])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_what_a_lying_backend_wasted_takes_nothing_from_the_answer(
+    gateway: Live, scripted: ScriptedBackend, body: Json, n: int
+) -> None:
+    """After a take-over every choice has its wrap-up and its answer's floor, though the hold is overrun."""
+    scripted.queue(Script(say=[Say(thinking=tokens("on and on " * 100), answer=tokens("word " * 80))], model=LAX))
+    thinkgate = {"thinking_tokens": 10, "answer_tokens_min": 20}
+    texts, _ = whole(await ask(gateway, {**body, "n": n, "thinkgate": thinkgate, "max_tokens": 60}))
+    await gateway.assert_settled()
+    for message in texts.values():
+        assert message["reasoning"].endswith(WRAP_UP)
+        assert len(message["content"].split()) >= 20
+
+
+async def test_a_client_cannot_make_an_honest_backend_distrusted(gateway: Live, scripted: ScriptedBackend) -> None:
+    """What happens after the client biased the markers proves nothing about the backend."""
+    scripted.queue(Script(say=[RAMBLES], model=LAX))
+    await ask(gateway, {**ASK, "logit_bias": {"15": 100}, "thinkgate": {"thinking_tokens": 5}})
+    await gateway.assert_settled()
+    slot = gateway.gateway.serving.models["qwen"].slots[0]
+    assert (slot.lies, slot.capabilities is not None and slot.capabilities.cap_binds) == (0, True)
+
+
+async def test_thinking_ends_before_the_context_window_does(scripted: ScriptedBackend) -> None:
+    """The prompt is counted, so the answer has its floor within the window; a prompt that fills it is refused."""
+    config = tree_of(scripted, model={"thinking": {"enforce": "two_phase", "answer_floor_tokens": 16}})
+    async with live(config) as gateway:
+        slot = gateway.gateway.serving.models["qwen"].slots[0]
+        assert slot.capabilities is not None
+        slot.capabilities = replace(slot.capabilities, max_model_len=120)
+        scripted.queue(Script(say=[Say(thinking=tokens("on and on " * 100), answer=tokens("word " * 80))]))
+        texts, extension = whole(await ask(gateway, {**ASK, "thinkgate": {"mode": "reasoning"}, "max_tokens": 110}))
+        assert texts[0]["reasoning"].endswith(WRAP_UP)
+        assert len(texts[0]["content"].split()) >= 16
+        assert extension["settled"]["tokens"] <= 120
+        long = [{"role": "user", "content": "word " * 115}]
+        answer = await ask(gateway, {**ASK, "messages": long, "thinkgate": {"mode": "reasoning"}, "max_tokens": 110})
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("field", [{"continue_final_message": True}, {"add_generation_prompt": False}])
+async def test_a_continued_message_is_not_thought_about(gateway: Live, scripted: ScriptedBackend, field: Json) -> None:
+    """Thinking cannot begin in the middle of a message: by itself it is instant mode, reasoning is refused by name."""
+    scripted.queue(Script(say=[THINKS]))
+    answer = await ask(gateway, {**ASK, "thinkgate": {}, **field})
+    assert answer.json["thinkgate"]["mode"] == "instant"
+    answer = await ask(gateway, {**ASK, "thinkgate": {"mode": "reasoning"}, **field})
+    assert (answer.status, answer.error["param"]) == (400, "continue_final_message")
+
+
+@pytest.mark.parametrize("value", ["5", [1], True, -1])
+async def test_a_least_of_tokens_must_be_a_number(scripted: ScriptedBackend, value: object) -> None:
+    """`min_tokens` of a wrong type is a 400 by name, before anything is sampled."""
+    async with live(tree_of(scripted, model={"thinking": {"enforce": "two_phase"}})) as gateway:
+        scripted.forget()
+        answer = await ask(gateway, {**ASK, "min_tokens": value, "thinkgate": {"mode": "reasoning"}})
+        assert (answer.status, answer.error["param"]) == (400, "min_tokens")
+        assert not scripted.calls

@@ -13,6 +13,7 @@ HOLDS = Capabilities(cap_binds=True, cap_binds_with_tools=True, instant_is_quiet
 BOTH = Capabilities(cap_binds=True, cap_binds_with_tools=False, forcing=FORCING, instant_is_quiet=True)
 IDS = Capabilities(cap_binds=False, forcing=FORCING)
 NOTHING = Capabilities(detail={"two_phase": "takes no token ids", "cap": "ignored"})
+SEEN = Capabilities(thinking_field="reasoning")
 PLAIN, TOOLS = Needs(), Needs(has_tools=True)
 
 
@@ -34,9 +35,11 @@ PLAIN, TOOLS = Needs(), Needs(has_tools=True)
         (HOLDS, Needs(is_native=False), "auto", "embedded", "native"),
         (IDS, PLAIN, "auto", "vllm", "two_phase"),
         (IDS, PLAIN, "native", "vllm", "none"),
-        (IDS, Needs(has_media=True), "auto", "vllm", "soft"),
+        (SEEN, Needs(has_media=True), "auto", "vllm", "soft"),
+        (IDS, Needs(has_media=True), "auto", "vllm", "none"),
         (BOTH, Needs(has_media=True), "two_phase", "vllm", "none"),
-        (NOTHING, PLAIN, "auto", "openai", "soft"),
+        (SEEN, PLAIN, "auto", "openai", "soft"),
+        (NOTHING, PLAIN, "auto", "openai", "none"),
         (NOTHING, PLAIN, "two_phase", "openai", "none"),
         (NOTHING, PLAIN, "auto", "embedded", "none"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.backends.markers import MarkerSplitter, Piece, held_back
+from gateway.backends.markers import AnswerFilter, MarkerSplitter, Piece, held_back
 from gateway.backends.port import Kind
 
 FEW = settings(max_examples=150, deadline=None)
@@ -134,3 +134,20 @@ def test_nothing_is_lost_but_white_space_before_the_thinking(
 def test_held_back_is_the_longest_beginning_of_the_marker(text: str, marker: str, length: int) -> None:
     """The end of the text that may still become the marker is measured, a whole marker is not."""
     assert held_back(text, marker) == length
+
+
+@given(
+    text=st.lists(st.sampled_from(["<a>", "</a>", "<", "a>", "x", " y"]), max_size=14).map("".join),
+    cuts=st.lists(st.integers(0, 40), max_size=8),
+)
+def test_reopened_thinking_is_left_out_whatever_the_borders(text: str, cuts: list[int]) -> None:
+    """The answer filter gives the same text for any chunks, and none of what stands between markers."""
+    whole = AnswerFilter("<a>", "</a>").feed(text, is_last=True)
+    borders = sorted({cut % (len(text) + 1) for cut in cuts})
+    pieces = [text[a:b] for a, b in zip([0, *borders], [*borders, len(text)], strict=True)]
+    by = AnswerFilter("<a>", "</a>")
+    assert "".join(by.feed(piece, is_last=i == len(pieces) - 1) for i, piece in enumerate(pieces)) == whole
+    rest, shown = text, ""
+    while (at := rest.find("<a>")) >= 0:
+        shown, rest = shown + rest[:at], rest[at + 3 :].partition("</a>")[2]
+    assert whole == shown + rest

@@ -196,7 +196,7 @@ def test_a_backend_that_can_do_something_else_is_decided_about_anew() -> None:
     decisions, models = decisions_of()
     body = chat_of("hi", thinkgate={"thinking_tokens": 50})
     assert decided(decisions, body).cap.enforcement == "native"
-    models["qwen"].slots[0].capabilities = Capabilities(cap_binds=False, max_model_len=300)
+    models["qwen"].slots[0].capabilities = Capabilities(cap_binds=False, max_model_len=300, thinking_field="reasoning")
     assert decided(decisions, body).cap.enforcement == "soft"
     assert decided(decisions, body).cap.enforcement == "soft"
 

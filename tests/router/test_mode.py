@@ -121,3 +121,10 @@ def test_every_decision_is_allowed_and_has_a_reason() -> None:
         assert decision.reason
         assert allowed is None or decision.mode in allowed
         assert asked in ("auto", decision.mode)
+
+
+def test_a_request_that_continues_a_message_is_instant_unless_it_says_otherwise() -> None:
+    """No thinking can begin there: neither the default nor an uncertain case makes it reasoning."""
+    decision = decide_mode(facts(continues=True, default_mode="reasoning"))
+    assert decision == ModeDecision("instant", "the request continues a message")
+    assert decide_mode(facts(continues=True, asked="reasoning", asked_by="x")).mode == "reasoning"
