@@ -88,6 +88,7 @@ class Step:
         ids: those that were kept, forced ones included, in order.
         forced: how many at the end of `ids` were forced.
         shown: of the forced ones, how many are the wrap-up or "Wait", which belong to the thinking's text.
+        begins_call: a tool call began here, and was forced anew.
         is_over: the segment is over: ask for the next one.
         ended_by: the bound that ended the thinking here.
     """
@@ -99,6 +100,7 @@ class Step:
     ids: list[int] = field(default_factory=list)
     forced: tuple[int, ...] = ()
     shown: int = 0
+    begins_call: bool = False
     is_over: bool = False
     ended_by: str | None = None
 
@@ -112,6 +114,7 @@ class Step:
             ids=self.ids + later.ids,
             forced=self.forced + later.forced,
             shown=self.shown + later.shown,
+            begins_call=self.begins_call or later.begins_call,
             is_over=self.is_over or later.is_over,
             ended_by=self.ended_by or later.ended_by,
         )
@@ -234,6 +237,15 @@ class Chain:
         step = Step()
         if self.phase == "thinking":
             self._closed(step, list(ids))
+        return step
+
+    def begin_call(self, opener: tuple[int, ...]) -> Step:
+        """End the thinking for a tool call whose beginning, of several tokens, was found by its text: force it anew."""
+        step = Step()
+        if self.phase == "thinking":
+            self._close(step, ())
+            self._force(step, opener)
+            step.begins_call = True
         return step
 
     def cut(self, why: str) -> Step:

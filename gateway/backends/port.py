@@ -180,6 +180,7 @@ class Capabilities:
         template_opens: the prompt ends inside the thinking when thinking is on.
         tool_format: how the model's template teaches it to call tools, see tool_text.py; None: unknown.
         tool_opener: the token that begins a tool call, where it is one.
+        tool_opener_ids: the tokens of what begins one, where they are several.
         takes_effort: accepts `reasoning_effort`.
         continues_assistant: goes on from an assistant message that holds closed thinking, without thinking again.
         detail: one remark per capability for `thinkgate check`, e.g. why something is unknown.
@@ -198,6 +199,7 @@ class Capabilities:
     template_opens: bool = False
     tool_format: str | None = None
     tool_opener: int | None = None
+    tool_opener_ids: tuple[int, ...] = ()
     takes_effort: bool = False
     continues_assistant: bool = False
     detail: Mapping[str, str] = field(default_factory=dict)

@@ -49,6 +49,7 @@ class Continuing:
     template_opens: bool = False
     tool_format: str | None = None
     tool_opener: int | None = None
+    tool_opener_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -153,6 +154,7 @@ class _Prober:
             self.detail["two_phase"] = "does not tokenise the thinking markers"
             return Continuing(ids_in=ids_in)
         with_tools = await self.chat_tokens(tools=[TOOL])
+        opener = tuple(await self.tokens(prompt=OPENING, add_special_tokens=False) or ())
         return Continuing(
             ids_in=True,
             forcing=Forcing(
@@ -166,7 +168,8 @@ class _Prober:
             ),
             template_opens=await self.is_open(prompt),
             tool_format=tool_format_of(await self.text(with_tools)) if with_tools else None,
-            tool_opener=await self._single_token(OPENING),
+            tool_opener=opener[0] if len(opener) == 1 else None,
+            tool_opener_ids=opener if len(opener) > 1 else (),
         )
 
     async def chat_tokens(self, **more: object) -> list[int] | None:
@@ -284,6 +287,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             template_opens=continuing.template_opens,
             tool_format=continuing.tool_format,
             tool_opener=continuing.tool_opener,
+            tool_opener_ids=continuing.tool_opener_ids,
             takes_effort=not is_vllm and await prober.takes_effort(),
             continues_assistant=continuing.forcing is None and await prober.continues_assistant(),
             detail=prober.detail,

@@ -14,6 +14,7 @@ import msgspec
 from gateway.backends.events import DONE, ChoiceBody, compact, decode_chunk
 from gateway.backends.port import Call, Delta, Segment, Usage
 from gateway.backends.reader import read_usage
+from gateway.backends.tool_calls import OPENING
 from gateway.backends.tool_text import ToolPlan, ToolsNotParsable, answer_plan
 from gateway.errors import InvalidRequest
 
@@ -105,11 +106,13 @@ class SegmentFields:
         call: the chat call.
         plan: how its answer is made.
         forcing: the model's markers: neither may be sampled in the answer, where it would think on, past its cap.
+        finds_calls: a tool call that begins in the thinking is found by its text.
     """
 
-    def __init__(self, call: Call, plan: ToolPlan, forcing: Forcing) -> None:
+    def __init__(self, call: Call, plan: ToolPlan, forcing: Forcing, *, finds_calls: bool = False) -> None:
         fields = call.fields
         self._call, self._plan = call, plan
+        self._thinking_stops = (OPENING,) if finds_calls else ()
         self._sampling = sampling_fields(fields)
         self._seed: int | None = _decoded(fields, "seed")
         self._min_tokens = _min_tokens(fields)
@@ -140,13 +143,13 @@ class SegmentFields:
             if floor > 0:
                 fields["min_tokens"] = _raw(floor)
         stop_ids = chain.stop_token_ids() if is_thinking else self._stop_token_ids
-        by_text = is_thinking and chain.finds_end_by_text()
+        stops = (*((self._call.thinking.end,) if chain.finds_end_by_text() else ()), *self._thinking_stops)
         return Segment(
             prompt=chain.ids,
             max_tokens=chain.room(),
             fields=fields,
             stop_token_ids=stop_ids,
-            stop=(self._call.thinking.end,) if by_text else (),
+            stop=stops if is_thinking else (),
             top_logprobs=self._top_logprobs,
         )
 

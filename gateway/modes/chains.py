@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from budget.chain import Chain, ChainRules, Forcing, Step
@@ -21,55 +20,14 @@ from gateway.backends.port import Capabilities, Delta, Kind, Usage
 from gateway.backends.segments import WAIT, SegmentFields, tool_plan
 from gateway.backends.tool_calls import OPENING
 from gateway.errors import InvalidRequest, UpstreamError
+from gateway.modes.choice import Choice, TakeOver
 from gateway.modes.merge import merged
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
     from gateway.backends.port import Backend
-    from gateway.backends.tool_text import ToolReader
     from gateway.modes.flow import Run
-
-
-@dataclass(slots=True)
-class TakeOver:
-    """A choice that its backend did not hold to the cap, as far as it may keep what it said.
-
-    Attributes:
-        index: the choice.
-        ids: its output so far.
-        thinking, answer, injected: tokens among them.
-        has_closed: it was answering already.
-        begins_call: it began a tool call inside its thinking.
-    """
-
-    index: int
-    ids: list[int]
-    thinking: int = 0
-    answer: int = 0
-    injected: int = 0
-    has_closed: bool = False
-    begins_call: bool = False
-
-
-@dataclass(slots=True)
-class _Choice:
-    """One choice being carried out; times are the run's clock in seconds."""
-
-    index: int
-    chain: Chain
-    reader: ToolReader
-    unthought: AnswerFilter
-    segments: int = 0  # begun so far; the call that was taken over is one
-    splitter: MarkerSplitter | None = None
-    pending: list[int] = field(default_factory=list)  # tokens whose text the splitter holds back
-    pending_logprobs: list[Any] = field(default_factory=list)
-    ended_s: float | None = None  # end of the segment before
-    began_s: float = 0.0
-    first_s: float = 0.0
-    sampled: int = 0
-    is_over: bool = False  # the segment, by the chain
-    is_finished: bool = False  # the segment, by the backend
 
 
 class Chains:
@@ -93,7 +51,8 @@ class Chains:
         self._total = 0
         self._prompt_is_cached = asyncio.Event()
         self._plan = tool_plan(self._call, found.tool_format)
-        self._fields = SegmentFields(self._call, self._plan, self._forcing)
+        finds_calls = self._plan.how == "auto" and bool(found.tool_opener_ids)
+        self._fields = SegmentFields(self._call, self._plan, self._forcing, finds_calls=finds_calls)
 
     async def deltas(self, lost: Sequence[TakeOver] = ()) -> AsyncGenerator[list[Delta], None]:
         """Every choice from its beginning, or those of `lost` from where they are; at last the usage.
@@ -114,7 +73,7 @@ class Chains:
                 index = which
                 step = chain.open(is_open=is_open)
             unthought = AnswerFilter(self._call.thinking.start, self._call.thinking.end)
-            choice = _Choice(index, chain, self._plan.reader(), unthought, segments=int(bool(lost)))
+            choice = Choice(index, chain, self._plan.reader(), unthought, segments=int(bool(lost)))
             streams.append(self._choice(choice, step, waits=at > 0))
         async with aclosing(merged(streams)) as batches:
             async for batch in batches:
@@ -135,7 +94,7 @@ class Chains:
             return chain.feed([opener], "stop", opener)
         return chain.cut("cap")
 
-    async def _choice(self, choice: _Choice, step: Step, *, waits: bool) -> AsyncGenerator[list[Delta], None]:
+    async def _choice(self, choice: Choice, step: Step, *, waits: bool) -> AsyncGenerator[list[Delta], None]:
         """One choice to its end. All but the first wait until the prompt is in the prefix cache."""
         chain = choice.chain
         # What was forced goes out with the first token, so that a refusal before it keeps its own status.
@@ -154,14 +113,14 @@ class Chains:
                     if not chain.is_over() and choice.index in self._run.finished:
                         return  # a stop string was found in the answer
 
-    def _head(self, choice: _Choice, step: Step) -> list[Delta]:
+    def _head(self, choice: Choice, step: Step) -> list[Delta]:
         """What precedes a choice's first token: the prompt, and what was forced after it."""
         deltas = self._shown(choice, Delta(), step) or [Delta(index=choice.index, kind=Kind.INJECTED)]
         deltas[0].prompt_tokens = len(self._prompt)
         deltas[0].prompt_token_ids = self._prompt if self._call.wants_token_ids else None
         return deltas
 
-    async def _segment(self, choice: _Choice) -> AsyncGenerator[list[Delta], None]:
+    async def _segment(self, choice: Choice) -> AsyncGenerator[list[Delta], None]:
         """One call of the backend; ends when the backend does, or at once when the chain does."""
         segment = self._fields.segment(choice.chain, choice.index)
         self._begin(choice)
@@ -175,7 +134,7 @@ class Chains:
         if not choice.is_over:
             raise UpstreamError("The backend ended its stream before the choice was finished.")
 
-    def _take(self, choice: _Choice, batch: list[Delta]) -> list[Delta]:
+    def _take(self, choice: Choice, batch: list[Delta]) -> list[Delta]:
         """Make of a batch what the client may see, and note whether the segment is over."""
         out: list[Delta] = []
         for delta in batch:
@@ -193,7 +152,7 @@ class Chains:
             choice.is_over, choice.ended_s = True, self._run.clock()
         return out
 
-    def _read(self, choice: _Choice, delta: Delta, out: list[Delta]) -> bool:
+    def _read(self, choice: Choice, delta: Delta, out: list[Delta]) -> bool:
         """Make of one delta of a segment what the client may see; whether the segment is over."""
         chain, ids = choice.chain, delta.token_ids
         if delta.text and not ids:
@@ -204,7 +163,8 @@ class Chains:
         delta.index = choice.index
         self._prompt_is_cached.set()
         if chain.phase == "thinking":
-            step = self._think(choice, delta)
+            begins_call = delta.finish_reason == "stop" and delta.stop_reason == OPENING
+            step = self._begin_call(choice, delta) if begins_call else self._think(choice, delta)
             out += self._shown(choice, delta, step)
         else:
             step = chain.feed(ids, delta.finish_reason, delta.stop_reason)
@@ -222,7 +182,7 @@ class Chains:
             choice.ended_s = self._run.clock()
         return step.is_over
 
-    def _think(self, choice: _Choice, delta: Delta) -> Step:
+    def _think(self, choice: Choice, delta: Delta) -> Step:
         """Feed one delta of thinking to the chain, its text cut where the thinking ends."""
         chain, ids = choice.chain, delta.token_ids
         finish, stop = delta.finish_reason, delta.stop_reason
@@ -255,6 +215,12 @@ class Chains:
             marker = chain.close(ids[border:])
         return before.plus(marker)
 
+    def _begin_call(self, choice: Choice, delta: Delta) -> Step:
+        """A tool call begins in the thinking: what opened it stays there, and is forced again behind its end."""
+        step, choice.pending = choice.chain.feed(choice.pending + delta.token_ids), []
+        delta.text = delta.text.partition(OPENING)[0]
+        return step if step.is_over else step.plus(choice.chain.begin_call(self._found.tool_opener_ids))
+
     def _before_end(self, text: str, step: Step) -> str:
         """The thinking text of a delta in which the thinking ends."""
         if step.answer:
@@ -263,7 +229,7 @@ class Chains:
             return ""  # beyond the cap: how much of the text its first tokens wrote cannot be told
         return text.partition(self._call.thinking.end)[0]
 
-    def _shown(self, choice: _Choice, delta: Delta, step: Step) -> list[Delta]:
+    def _shown(self, choice: Choice, delta: Delta, step: Step) -> list[Delta]:
         """A step of the thinking as deltas: what was thought, what was forced, what already answers."""
         out, index, tally = [], choice.index, self._run.tally
         tally.wasted += step.wasted
@@ -281,7 +247,7 @@ class Chains:
             text = WAIT if is_wait else self._call.thinking.wrap_up if step.shown else ""
             ids = list(step.forced)
             out.append(Delta(index=index, kind=Kind.THINKING, text=text, injected=forced, token_ids=ids))
-        if step.answer:
+        if step.answer or step.begins_call:
             content, calls = choice.reader.push(OPENING)
             said = Delta(index=index, text=content, answer=step.answer, tool_calls=calls or None)
             said.token_ids = step.ids[len(step.ids) - step.answer :]
@@ -293,7 +259,7 @@ class Chains:
         self._run.enforced.waits += choice.chain.phase == "thinking" and bool(step.shown)
         return out
 
-    def _last(self, choice: _Choice, delta: Delta, finish: str, stop: object) -> Delta:
+    def _last(self, choice: Choice, delta: Delta, finish: str, stop: object) -> Delta:
         """The delta with which a choice ends."""
         if finish == "length":
             self._run.enforced.spent = self._run.enforced.spent or self._envelope_spent(choice.chain)
@@ -356,7 +322,7 @@ class Chains:
                 return token_id == forcing.start_id, token_id == forcing.end_id
         return False, False
 
-    def _time_is_up(self, choice: _Choice) -> bool:
+    def _time_is_up(self, choice: Choice) -> bool:
         """Whether the thinking must end now, so that an answer still fits into the envelope's seconds."""
         deadline_s = self._run.envelope.deadline_s
         if deadline_s is None or choice.chain.phase != "thinking" or not choice.sampled:
@@ -370,7 +336,7 @@ class Chains:
             answer_tokens=self._call.thinking.answer_floor,
         )
 
-    def _begin(self, choice: _Choice) -> None:
+    def _begin(self, choice: Choice) -> None:
         now_s = choice.began_s = self._run.clock()
         choice.sampled = 0
         choice.is_over = choice.is_finished = False
@@ -380,7 +346,7 @@ class Chains:
         if choice.ended_s is not None:
             self._run.enforced.switches_s.append(now_s - choice.ended_s)
 
-    def _note_usage(self, choice: _Choice, usage: Usage) -> None:
+    def _note_usage(self, choice: Choice, usage: Usage) -> None:
         if choice.segments > 1:  # of a segment that is cut nobody says what was cached: it counts on neither side
             self._run.enforced.resent_tokens += usage.prompt_tokens
             self._run.enforced.resent_cached_tokens += usage.cached_tokens or 0

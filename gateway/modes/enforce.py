@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from gateway.backends.port import Capabilities
 from gateway.enforcement import Needs, enforcement, instant_enforcement
-from gateway.modes.chains import Chains, TakeOver
+from gateway.modes.chains import Chains
+from gateway.modes.choice import TakeOver
 from gateway.modes.guard import Guard
 from gateway.modes.soft import soft_answers, with_effort
 

@@ -113,6 +113,16 @@ def test_a_tool_call_begun_in_the_thinking_ends_it() -> None:
     assert chain.ids == [*PROMPT, 100, END, 199, CALL]
 
 
+def test_a_tool_call_found_by_its_text_is_begun_anew_behind_the_block() -> None:
+    """Where the opening is several tokens, they stay in the thinking, and are forced again after its end."""
+    chain, total = begun(ChainRules(cap=10, total=50))
+    total.add(chain.feed([100, 41, 42]))
+    step = total.add(chain.begin_call((41, 42)))
+    assert (step.begins_call, step.forced, chain.phase) == (True, (END, 199, 41, 42), "answer")
+    assert chain.ids == [*PROMPT, 100, 41, 42, END, 199, 41, 42]
+    assert chain.begin_call((41, 42)) == Step()
+
+
 def test_a_stop_token_that_the_backend_keeps_to_itself_is_put_back() -> None:
     """A server that stops at the marker without returning it gets it forced."""
     chain, total = begun(ChainRules(cap=10, total=50))

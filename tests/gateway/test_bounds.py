@@ -323,3 +323,30 @@ async def test_a_least_of_tokens_must_be_a_number(scripted: ScriptedBackend, val
         answer = await ask(gateway, {**ASK, "min_tokens": value, "thinkgate": {"mode": "reasoning"}})
         assert (answer.status, answer.error["param"]) == (400, "min_tokens")
         assert not scripted.calls
+
+
+@pytest.mark.parametrize("body", [STREAM, ASK])
+async def test_a_tool_call_begun_in_the_thinking_is_found_by_its_text(scripted: ScriptedBackend, body: Json) -> None:
+    """Where `<tool_call>` is several tokens: the block is closed, the call begun anew behind it, and whole."""
+    call = tool_call_tokens("get_time", '{"city": "Graz"}')
+    async with live(
+        tree_of(scripted, model={"thinking": {"enforce": "two_phase", "answer_floor_tokens": 16}})
+    ) as gateway:
+        slot = gateway.gateway.serving.models["qwen"].slots[0]
+        assert slot.capabilities is not None
+        slot.capabilities = replace(
+            slot.capabilities, tool_format="hermes", tool_opener=None, tool_opener_ids=(call[0].id,)
+        )
+        scripted.queue(
+            Script(say=[Say(thinking=[*tokens("let me call"), *call], answer=call, finish_reason="tool_calls")])
+        )
+        tools = [{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}]
+        answer = await ask(gateway, {**body, "tools": tools, "thinkgate": {"thinking_tokens": 6}})
+        await gateway.assert_settled()
+        if body is ASK:
+            choice = answer.json["choices"][0]
+            assert choice["message"]["reasoning"] == "let me call"
+            function = choice["message"]["tool_calls"][0]["function"]
+            assert function == {"name": "get_time", "arguments": '{"city": "Graz"}'}
+            assert not choice["message"]["content"]
+        assert not any(chunk in (answer.body or b"") for chunk in (b"<tool_call>", b"Time is up"))

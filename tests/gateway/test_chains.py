@@ -13,7 +13,8 @@ from budget.chain import Forcing
 from budget.envelope import Envelope
 from gateway.backends.port import Capabilities, Delta
 from gateway.errors import InvalidRequest, UpstreamError
-from gateway.modes.chains import Chains, TakeOver
+from gateway.modes.chains import Chains
+from gateway.modes.choice import TakeOver
 from tests.gateway.upstream import (
     BROKEN,
     END,

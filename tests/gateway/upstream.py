@@ -14,7 +14,8 @@ from budget.envelope import Envelope
 from budget.price import PriceTable
 from gateway.backends.port import Call, Capabilities, Delta, Segment, Thinking, Usage
 from gateway.errors import UpstreamError
-from gateway.modes.chains import Chains, TakeOver
+from gateway.modes.chains import Chains
+from gateway.modes.choice import TakeOver
 from gateway.modes.flow import Run
 from gateway.tally import Tally
 from tests.gateway.test_strange_backends import Held

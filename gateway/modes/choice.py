@@ -1,0 +1,56 @@
+"""What is remembered of one choice while its chain is carried out.
+
+Owns: the state between the segments of a choice, and that of one that is taken over. Does not own: what to do
+with it (chains.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from budget.chain import Chain
+    from gateway.backends.markers import AnswerFilter, MarkerSplitter
+    from gateway.backends.tool_text import ToolReader
+
+
+@dataclass(slots=True)
+class TakeOver:
+    """A choice that its backend did not hold to the cap, as far as it may keep what it said.
+
+    Attributes:
+        index: the choice.
+        ids: its output so far.
+        thinking, answer, injected: tokens among them.
+        has_closed: it was answering already.
+        begins_call: it began a tool call inside its thinking.
+    """
+
+    index: int
+    ids: list[int]
+    thinking: int = 0
+    answer: int = 0
+    injected: int = 0
+    has_closed: bool = False
+    begins_call: bool = False
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice being carried out; times are the run's clock in seconds."""
+
+    index: int
+    chain: Chain
+    reader: ToolReader
+    unthought: AnswerFilter
+    segments: int = 0  # begun so far; the call that was taken over is one
+    splitter: MarkerSplitter | None = None
+    pending: list[int] = field(default_factory=list)  # tokens whose text the splitter holds back
+    pending_logprobs: list[Any] = field(default_factory=list)
+    ended_s: float | None = None  # end of the segment before
+    began_s: float = 0.0
+    first_s: float = 0.0
+    sampled: int = 0
+    is_over: bool = False  # the segment, by the chain
+    is_finished: bool = False  # the segment, by the backend
