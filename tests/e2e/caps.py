@@ -66,11 +66,12 @@ class Marks:
     opening: list[int]
     closing: list[int]
     wrap_up: list[int]
+    kept_back: int = 0  # for a wrap-up that only a take-over would need
 
     @property
     def most_forced(self) -> int:
         """Most tokens that may be forced, with a blank line after the chain."""
-        return len(self.opening) + len(self.closing) + len(self.wrap_up) + 1
+        return len(self.opening) + len(self.closing) + len(self.wrap_up) + self.kept_back + 1
 
     def split(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The thinking, and what came after it; without a closing marker nothing was thought."""

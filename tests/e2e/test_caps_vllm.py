@@ -29,7 +29,7 @@ def marks_of(vocabulary: Vocabulary, way: str) -> Marks:
     thinking = CAP_WAYS[way]
     end = vocabulary.ids(thinking.get("end", "</think>"))
     if way == "native":
-        return Marks([], end, [])
+        return Marks([], end, [], kept_back=len(vocabulary.ids(WRAP_UP)))
     return Marks(vocabulary.ids(f"{thinking.get('start', '<think>')}\n"), end, vocabulary.ids(WRAP_UP))
 
 

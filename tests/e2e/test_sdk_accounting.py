@@ -84,7 +84,7 @@ def test_cap_of_zero_answers_at_once(client: OpenAI, stream: bool) -> None:
 def test_cap_above_what_fits_is_clamped_when_nobody_named_it(client: OpenAI) -> None:
     """A default that leaves no room for the answer floor is clamped, and the response says from what."""
     answer = reason(client, None, total=40)
-    most = 40 - FLOOR - (WRAP_UP_TOKENS if answer.thinkgate["backend"] == "embedded" else 0)
+    most = 40 - FLOOR - WRAP_UP_TOKENS
     check_accounts(answer, cap=most)
     assert answer.thinkgate["cap"]["tokens"] == most
     assert answer.first.content
