@@ -234,7 +234,3 @@ class ThinkingMeter:
         self.thinking += split.answer
         self.answer -= split.answer
         split.thinking, split.answer = split.thinking + split.answer, 0
-
-    def overrun(self) -> int:
-        """Thinking tokens beyond the cap."""
-        return 0 if self.cap is None else max(0, self.thinking - self.cap)

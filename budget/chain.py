@@ -178,12 +178,18 @@ class Chain:
             self._close(step, ())
         return step
 
-    def resume(self, ids: Sequence[int], *, thinking: int, answer: int, injected: int, has_closed: bool) -> None:
-        """Take over a choice that its backend did not hold to the cap; `ids` are what is kept of its output."""
+    def resume(self, ids: Sequence[int]) -> None:
+        """Go on after output `ids` that another way of enforcement delivered; the last marker says in what phase."""
+        for token_id in ids:
+            if token_id in (self._forcing.start_id, self._forcing.end_id):
+                self.injected += 1
+                self.phase = "answer" if token_id == self._forcing.end_id else "thinking"
+            elif self.phase == "answer":
+                self.answer += 1
+            else:
+                self.thinking += 1
         self.ids += ids
-        self.phase = "answer" if has_closed else "thinking"
-        self.thinking, self.answer, self.injected = thinking, answer, injected
-        self._pay(thinking, answer + injected)
+        self._pay(self.thinking, self.answer + self.injected)
 
     def is_over(self) -> bool:
         """Whether the choice has its finish_reason."""
@@ -354,7 +360,8 @@ class Chain:
         if self.thinking >= self._rules.cap:
             return "cap"
         reserve = self._rules.answer_floor + self._closing_tokens()
-        return "total" if self._rules.total - self.output() <= reserve else "usd"
+        has_tokens = self._rules.total - self.output() > reserve
+        return "usd" if has_tokens and self._rules.purse is not None else "total"
 
     def _closing_tokens(self) -> int:
         forcing = self._forcing

@@ -104,6 +104,11 @@ class AnswerFilter:
         self._held = ""
         self._is_inside = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it stands between markers, or holds some text back."""
+        return self._is_inside or bool(self._held)
+
     def feed(self, text: str, *, is_last: bool) -> str:
         """The text that is certain by now."""
         text, shown = self._held + text, []

@@ -48,7 +48,8 @@ class Chains:
         self._forcing: Forcing = found.forcing
         self._prompt: list[int] = []
         self._cached: int | None = None
-        self._total = 0
+        self._rules: ChainRules
+        self._is_shared = False  # the envelope's tokens leave each choice less than it might have had
         self._prompt_is_cached = asyncio.Event()
         self._plan = tool_plan(self._call, found.tool_format)
         finds_calls = self._plan.how == "auto" and bool(found.tool_opener_ids)
@@ -60,12 +61,12 @@ class Chains:
         Raises: as `Backend.generate`; InvalidRequest when the envelope cannot hold the prompt.
         """
         self._prompt = await self._backend.tokenize(self._call)
-        rules = self._rules()
+        self._rules = self._bounds()
         is_open, has_closed = self._tail()
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
         for at, which in enumerate(wanted):
-            chain = Chain(self._prompt, self._forcing, rules, is_open=is_open, has_closed=has_closed)
+            chain = Chain(self._prompt, self._forcing, self._rules, is_open=is_open, has_closed=has_closed)
             if isinstance(which, TakeOver):
                 index = which.index
                 step = self._resumed(chain, which)
@@ -82,13 +83,7 @@ class Chains:
 
     def _resumed(self, chain: Chain, lost: TakeOver) -> Step:
         """Bring a chain to where a lost choice was, and end its thinking."""
-        chain.resume(
-            lost.ids,
-            thinking=lost.thinking,
-            answer=lost.answer,
-            injected=lost.injected,
-            has_closed=lost.has_closed,
-        )
+        chain.resume(lost.ids)
         opener = self._found.tool_opener
         if lost.begins_call and opener is not None:
             return chain.feed([opener], "stop", opener)
@@ -170,8 +165,10 @@ class Chains:
             step = chain.feed(ids, delta.finish_reason, delta.stop_reason)
             self._run.tally.wasted += step.wasted
             delta.kind, delta.answer, delta.token_ids = Kind.ANSWER, step.answer, step.ids
-            # By text, too: markers of several tokens have no ids, and an event may hold both answer and marker.
-            text = choice.unthought.feed(delta.text if step.answer or not step.wasted else "", is_last=step.is_over)
+            text = delta.text if step.answer or not step.wasted else ""
+            # By text only where ids do not tell: an answer may well speak of markers.
+            if self._forcing.end_id is None or step.wasted or choice.unthought.is_busy:
+                text = choice.unthought.feed(text, is_last=step.is_over)
             delta.finish_reason = delta.stop_reason = None
             delta.text, calls = choice.reader.push(text)
             delta.tool_calls = calls or None
@@ -196,14 +193,10 @@ class Chains:
             pieces += choice.splitter.finish()
         is_closed = any(kind is Kind.INJECTED for kind, _ in pieces)
         delta.text = "".join(text for kind, text in pieces if kind is Kind.THINKING)
-        ids = choice.pending + ids
-        entries = choice.pending_logprobs + (delta.logprobs["content"] if delta.logprobs else [])
         if not is_closed and choice.splitter.is_holding:
-            choice.pending, choice.pending_logprobs = ids, entries
-            delta.token_ids, delta.logprobs = [], None
+            choice.hold(delta)
             return Step()
-        choice.pending, choice.pending_logprobs = [], []
-        delta.token_ids, delta.logprobs = ids, {"content": entries} if entries else None
+        ids = choice.release(delta)
         if not is_closed:
             step = chain.feed(ids, finish, stop)
             if step.is_over:
@@ -217,7 +210,7 @@ class Chains:
 
     def _begin_call(self, choice: Choice, delta: Delta) -> Step:
         """A tool call begins in the thinking: what opened it stays there, and is forced again behind its end."""
-        step, choice.pending = choice.chain.feed(choice.pending + delta.token_ids), []
+        step = choice.chain.feed(choice.release(delta))
         delta.text = delta.text.partition(OPENING)[0]
         return step if step.is_over else step.plus(choice.chain.begin_call(self._found.tool_opener_ids))
 
@@ -273,14 +266,12 @@ class Chains:
         return delta
 
     def _envelope_spent(self, chain: Chain) -> str | None:
-        """The part of the envelope because of which a choice has no room left, if it is one."""
-        if chain.room() > 0:
-            return None
-        if chain.output() < self._total:
-            return "envelope.usd"
-        return "envelope.tokens" if self._total < self._call.max_tokens else None
+        """The part of the envelope that cut a choice's answer to its length, if one did."""
+        if chain.output() >= self._rules.total:
+            return "envelope.tokens" if self._is_shared else None
+        return None if self._rules.purse is None else "envelope.usd"
 
-    def _rules(self) -> ChainRules:
+    def _bounds(self) -> ChainRules:
         """What bounds each chain. Raises: InvalidRequest when the envelope cannot hold the prompt."""
         run, thinking, prompt = self._run, self._call.thinking, len(self._prompt)
         total, window = self._call.max_tokens, self._found.max_model_len
@@ -292,8 +283,9 @@ class Chains:
                     param="messages",
                     code="context_length_exceeded",
                 )
-        total, purse = chain_bounds(run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=total)
-        self._total = total
+        most = total
+        total, purse = chain_bounds(run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=most)
+        self._is_shared = total < most
         if total <= 0 or (purse is not None and purse.femto_usd <= 0):
             raise InvalidRequest(
                 f"The prompt alone ({prompt} tokens) takes all of `thinkgate.envelope`.",

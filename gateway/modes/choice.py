@@ -12,27 +12,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from budget.chain import Chain
     from gateway.backends.markers import AnswerFilter, MarkerSplitter
+    from gateway.backends.port import Delta
     from gateway.backends.tool_text import ToolReader
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TakeOver:
-    """A choice that its backend did not hold to the cap, as far as it may keep what it said.
+    """A choice that its backend did not hold to the cap.
 
     Attributes:
         index: the choice.
-        ids: its output so far.
-        thinking, answer, injected: tokens among them.
-        has_closed: it was answering already.
-        begins_call: it began a tool call inside its thinking.
+        ids: its output as far as it was delivered.
+        begins_call: it goes on with a tool call that began inside its thinking.
     """
 
     index: int
     ids: list[int]
-    thinking: int = 0
-    answer: int = 0
-    injected: int = 0
-    has_closed: bool = False
     begins_call: bool = False
 
 
@@ -54,3 +49,18 @@ class Choice:
     sampled: int = 0
     is_over: bool = False  # the segment, by the chain
     is_finished: bool = False  # the segment, by the backend
+
+    def hold(self, delta: Delta) -> None:
+        """Keep a delta's tokens back: whether they are thinking or marker is not certain yet."""
+        self.pending += delta.token_ids
+        self.pending_logprobs += delta.logprobs["content"] if delta.logprobs else []
+        delta.token_ids, delta.logprobs = [], None
+
+    def release(self, delta: Delta) -> list[int]:
+        """Give a delta the tokens that were held back before it; all its ids now."""
+        if self.pending:
+            delta.token_ids = self.pending + delta.token_ids
+            entries = self.pending_logprobs + (delta.logprobs["content"] if delta.logprobs else [])
+            delta.logprobs = {"content": entries} if entries else None
+            self.pending, self.pending_logprobs = [], []
+        return delta.token_ids

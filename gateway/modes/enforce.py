@@ -15,7 +15,6 @@ from gateway.modes.guard import Guard
 from gateway.modes.soft import soft_answers, with_effort
 
 if TYPE_CHECKING:
-    from budget.chain import Forcing
     from gateway.models import Slot
     from gateway.modes.flow import Batches, Run
 
@@ -83,22 +82,5 @@ class Enforcement:
         if is_lie and TAMPERING.isdisjoint(run.call.fields):
             slot.distrust(instant=not run.call.thinking.enabled)
         run.enforced.how = "two_phase"
-        assert found.forcing is not None
-        kept = [_kept(index, guard.ids.get(index, []), found.forcing) for index in lost]
-        for choice in kept:
-            choice.begins_call = choice.index in guard.calls
+        kept = [TakeOver(index, guard.ids.get(index, []), index in guard.calls) for index in lost]
         return Chains(run, slot.backend, found).deltas(kept)
-
-
-def _kept(index: int, ids: list[int], forcing: Forcing) -> TakeOver:
-    """A lost choice by what was delivered of its output."""
-    kept = TakeOver(index, ids)
-    for token_id in ids:
-        if token_id in (forcing.start_id, forcing.end_id):
-            kept.injected += 1
-            kept.has_closed = token_id == forcing.end_id
-        elif kept.has_closed:
-            kept.answer += 1
-        else:
-            kept.thinking += 1
-    return kept

@@ -181,16 +181,6 @@ def test_capped_is_said_when_the_thinking_ends_at_the_cap(
     assert meter.capped == capped
 
 
-def test_overrun_is_what_lies_beyond_the_cap() -> None:
-    """A backend that thinks on beyond the cap shows in `overrun`, never without a cap."""
-    meter, free = ThinkingMeter(OPEN, SHUT, cap=2, is_open=True), ThinkingMeter(OPEN, SHUT, cap=None, is_open=True)
-    for each in (meter, free):
-        each.feed([8, 8])
-        assert each.overrun() == 0
-        each.feed([8, 8, 8])
-    assert (meter.overrun(), free.overrun()) == (3, 0)
-
-
 @FEW
 @given(
     tokens=TOKENS,
@@ -208,7 +198,6 @@ def test_chunks_do_not_change_the_counts(tokens: list[int], cuts: list[int], cap
     splits = [pieces.feed(chunk) for chunk in in_chunks(tokens, cuts)]
     assert counts(pieces) == counts(whole)
     assert any(split.closed for split in splits) == total.closed
-    assert pieces.overrun() == whole.overrun()
 
 
 @FEW

@@ -181,6 +181,31 @@ def test_a_marker_of_several_tokens_is_closed_by_its_text(marker: list[int]) -> 
     assert (chain.phase, total.injected, chain.ids) == ("answer", len(marker), [*PROMPT, 100, *marker])
 
 
+@pytest.mark.parametrize(
+    ("ids", "is_open", "counted", "phase"),
+    [
+        ([100, 101], True, (2, 0, 0), "thinking"),
+        ([OPEN, 100], False, (1, 0, 1), "thinking"),
+        ([100, END, 7, 8], True, (1, 2, 1), "answer"),
+        ([100, END, 7, OPEN, 101], True, (2, 1, 2), "thinking"),
+    ],
+)
+def test_a_choice_is_taken_over_where_its_markers_say_it_is(
+    ids: list[int], is_open: bool, counted: tuple[int, int, int], phase: str
+) -> None:
+    """What was delivered is counted by kind, and the last marker tells thinking from answer."""
+    chain = Chain(PROMPT, FORCING, ChainRules(cap=10, total=50), is_open=is_open)
+    chain.resume(ids)
+    assert ((chain.thinking, chain.answer, chain.injected), chain.phase) == (counted, phase)
+    assert chain.ids == [*PROMPT, *ids]
+
+
+def test_a_backend_that_ends_the_thinking_by_a_limit_of_its_own_spends_no_money() -> None:
+    """Without a purse the bound is the total, never dollars."""
+    chain, total = begun(ChainRules(cap=10, total=50))
+    assert total.add(chain.feed([100], "length")).ended_by == "total"
+
+
 TOKENS = st.lists(st.sampled_from([OPEN, END, EOS, CALL, 100, 101, 102]), max_size=12)
 ENDS = st.sampled_from([None, ("stop", END), ("stop", None), ("stop", CALL), ("length", None), ("abort", None)])
 RULES = st.builds(

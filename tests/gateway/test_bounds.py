@@ -12,7 +12,7 @@ from tests.gateway.test_streaming import text_of
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Exchange, Gate, Reply, Script
 from tests.scripted_stream import START_MARKER, Model, Say, tokens
-from tests.scripted_tokens import tool_call_tokens
+from tests.scripted_tokens import Token, tool_call_tokens
 
 RAMBLES = Say(thinking=tokens("on and on " * 100), answer=tokens("at last"))
 TALKS = Say(thinking=tokens("hm"), answer=tokens("word " * 400))
@@ -300,6 +300,7 @@ async def test_thinking_ends_before_the_context_window_does(scripted: ScriptedBa
         assert texts[0]["reasoning"].endswith(WRAP_UP)
         assert len(texts[0]["content"].split()) >= 16
         assert extension["settled"]["tokens"] <= 120
+        assert "ended_by" not in extension  # the window is no envelope
         long = [{"role": "user", "content": "word " * 115}]
         answer = await ask(gateway, {**ASK, "messages": long, "thinkgate": {"mode": "reasoning"}, "max_tokens": 110})
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
@@ -350,3 +351,15 @@ async def test_a_tool_call_begun_in_the_thinking_is_found_by_its_text(scripted: 
             assert function == {"name": "get_time", "arguments": '{"city": "Graz"}'}
             assert not choice["message"]["content"]
         assert not any(chunk in (answer.body or b"") for chunk in (b"<tool_call>", b"Time is up"))
+
+
+@pytest.mark.parametrize("body", [STREAM, ASK])
+async def test_an_answer_may_speak_of_markers(scripted: ScriptedBackend, body: Json) -> None:
+    """Text that looks like a marker but is other tokens is answer, and nothing after it is lost."""
+    spoken = [*tokens("models write"), Token(5001, " <think>"), *tokens(" first")]
+    async with live(
+        tree_of(scripted, model={"thinking": {"enforce": "two_phase", "answer_floor_tokens": 16}})
+    ) as gateway:
+        scripted.queue(Script(say=[Say(thinking=tokens("hm"), answer=spoken)]))
+        texts, _ = whole(await ask(gateway, {**body, "thinkgate": {"mode": "reasoning"}}))
+        assert texts[0]["content"] == "models write <think> first"

@@ -181,7 +181,7 @@ async def test_a_choice_that_is_taken_over_goes_on_from_what_was_delivered() -> 
     upstream = Upstream([], [ANSWERS])
     run = run_of(upstream, call(2))
     run.finished.add(0)
-    deltas = await read(run, upstream, lost=[TakeOver(1, [100, 101], thinking=2)])
+    deltas = await read(run, upstream, lost=[TakeOver(1, [100, 101])])
     assert upstream.asked[0].prompt == [*PROMPT, 100, 101, WRAP, END]
     assert ids_of(deltas, 1) == [WRAP, END, 200, 201, EOS]
     assert (run.enforced.resent_tokens, run.enforced.resent_cached_tokens) == (9, 8)
