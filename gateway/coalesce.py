@@ -41,6 +41,14 @@ class CoalescedTransport:
         if self._held_bytes > MOST_HELD_BYTES:
             self.flush()
 
+    def write_now(self, data: bytes) -> None:
+        """Send `data` at once, behind what is held."""
+        if self._held:
+            self._held.append(data)
+            self.flush()
+        elif not self.is_closing():
+            self._transport.write(data)
+
     def flush(self) -> None:
         """Send what is held, unless the connection was lost in the meantime."""
         held = self._held

@@ -25,6 +25,9 @@ Send = Callable[[Message], Awaitable[None]]
 WHOLE_RESPONSE = "thinkgate.whole_response"
 # Writes a response in one go; or does nothing and says False, where it must go the usual way.
 WholeResponse = Callable[[int, Headers, bytes], bool]
+# Another: writes a part of a streamed body at once; or False, likewise.
+BODY_PART = "thinkgate.body_part"
+BodyPart = Callable[[bytes], bool]
 
 JSON = (b"content-type", b"application/json")
 EVENT_STREAM: Headers = [
@@ -60,6 +63,7 @@ class Exchange:
 
     __slots__ = (
         "_content_length",
+        "_part",
         "_receive",
         "_send",
         "_whole",
@@ -79,7 +83,9 @@ class Exchange:
         self.began_s = time.perf_counter()
         self._receive = receive
         self._send = send
-        self._whole: WholeResponse | None = scope["extensions"].get(WHOLE_RESPONSE) if "extensions" in scope else None
+        extensions = scope.get("extensions") or {}
+        self._whole: WholeResponse | None = extensions.get(WHOLE_RESPONSE)
+        self._part: BodyPart | None = extensions.get(BODY_PART)
         self.authorization: bytes | None = None
         self.trace: tuple[tuple[bytes, bytes], ...] = ()
         self._content_length = -1
@@ -173,6 +179,10 @@ class Exchange:
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         self.has_started = True
+
+    def put(self, body: bytes) -> bool:
+        """Write a part of a body that goes on, if that is possible without waiting; else False, nothing written."""
+        return self._part is not None and self._part(body)
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """A part of the body; waits while the client is slow."""

@@ -220,6 +220,8 @@ class Answer:
         )
         waited_from = time.perf_counter()
         chunk = b""
+        if self._summaries is None and not self._prepared.stops.texts:
+            self._run.deliver = lambda delta: bool(event := encoder.ordinary(delta)) and exchange.put(event)
         try:
             async with aclosing(self._deltas()) as batches:
                 async for deltas in batches:
@@ -227,7 +229,8 @@ class Answer:
                     if not exchange.has_started:
                         await self._begin(waited_from)
                     if chunk:
-                        await exchange.write(chunk)
+                        if not exchange.put(chunk):
+                            await exchange.write(chunk)
                         chunk = b""
         except asyncio.CancelledError:
             # A write that is cancelled has not written: it was waiting for the client.

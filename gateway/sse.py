@@ -105,6 +105,13 @@ class ChunkEncoder:
             out.append(b"data: %b\n\n" % chunk)
         return out[0] if len(out) == 1 else b"".join(out)
 
+    def ordinary(self, delta: Delta) -> bytes:
+        """The event of an ordinary delta, where that is its wire form as it is or with our name; else nothing."""
+        if not self._wire_seen or self._exclude or self._both:
+            return b""
+        wire = delta.wire
+        return b"data: %b\n\n" % (wire.replace(self._old_name, self._new_name, 1) if self._old_name else wire)
+
     def finish(self, extension: bytes, usage: bytes | None) -> bytes:
         """The held chunk with the `thinkgate` object, the usage chunk if asked for, and the end."""
         out = []

@@ -17,7 +17,7 @@ import msgspec
 from budget.chain import Forcing
 from gateway.backends.embedded_fields import read_call, read_segment
 from gateway.backends.embedded_shapes import DeltaShaper, SegmentShaper
-from gateway.backends.port import Call, Capabilities, Delta, Thinking
+from gateway.backends.port import Call, Capabilities, Delta, Express, Thinking
 from gateway.backends.segments import WAIT
 from gateway.backends.tool_text import tool_format_of
 from gateway.errors import GatewayError, InvalidRequest, Overloaded, UpstreamError
@@ -112,7 +112,11 @@ class EmbeddedBackend:
         await backend._ready()
         return backend
 
-    def generate(self, call: Call) -> AsyncGenerator[list[Delta]]:
+    def generate(
+        self,
+        call: Call,
+        express: Express | None = None,  # noqa: ARG002  # the task that waits for a token makes its delta
+    ) -> AsyncGenerator[list[Delta]]:
         """Run `call`; closing the iterator frees the engine at the next token, or the place in the queue.
 
         Raises: InvalidRequest, Overloaded, UpstreamError.

@@ -33,12 +33,10 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads completed by `data`, in order. Raises: UpstreamError for an endless event."""
-        if self._tail:
-            data = self._tail + data
-        elif data.startswith(b"data: ") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
-            payload = data[6:-2]  # one whole event, as nearly always
-            if payload and b"\n" not in payload:
-                return [payload]
+        whole = self.whole(data)
+        if whole:
+            return [whole]
+        data = self._tail + data
         if b"\r" in data:
             # A lone CR at the end may be half a CRLF: wait for the rest before deciding.
             keep = b"\r" if data.endswith(b"\r") else b""
@@ -48,6 +46,13 @@ class EventSplitter:
         if len(self._tail) > MAX_EVENT_BYTES:
             raise UpstreamError("The backend sent an event without an end.")
         return [payload for event in events if (payload := _payload(event))]
+
+    def whole(self, data: bytes) -> bytes:
+        """The payload of `data` if that is exactly one event of one line, as nearly always; else nothing."""
+        if self._tail or not data.startswith(b"data: ") or not data.endswith(b"\n\n"):
+            return b""
+        payload = data[6:-2]
+        return b"" if b"\n" in payload or b"\r" in payload else payload
 
     def finish(self) -> list[bytes]:
         """What stands after the last blank line, once the stream has ended."""

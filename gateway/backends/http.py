@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -47,6 +47,7 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_paused",
         "_pool",
+        "_sink",
         "_transport",
         "_waiter",
         "content_type",
@@ -61,6 +62,7 @@ class Connection(asyncio.Protocol):
         self._pool = pool
         self._loop = pool.loop
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], bool] | None = None
         self._body: list[bytes] = []
         self._buffered = 0
         self._paused = self._lost = self._head_done = self._keep_alive = self._is_ending = False
@@ -93,7 +95,19 @@ class Connection(asyncio.Protocol):
         if self._buffered > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        self._wake()
+        if self._sink is None or not self._sink_takes_all(self._sink):
+            self._wake()
+
+    def _sink_takes_all(self, sink: Callable[[bytes], bool]) -> bool:
+        """Offer the body that arrived to the sink, if nobody works on an earlier part; what it refuses is read."""
+        waiter, body = self._waiter, self._body
+        if waiter is None or waiter.done() or self.done or self._paused:
+            return False
+        while body:
+            if not sink(body[0]):
+                return False
+            self._buffered -= len(body.pop(0))
+        return True
 
     def connection_lost(self, _exc: Exception | None) -> None:
         """Fail the exchange, unless it was complete."""
@@ -149,6 +163,13 @@ class Connection(asyncio.Protocol):
                 raise self._error
             await self._more()
 
+    def divert(self, sink: Callable[[bytes], bool] | None) -> None:
+        """Offer each further piece of this body to `sink` first, while somebody waits in `read`.
+
+        What it takes (True) is dealt with in the same turn of the event loop, and wakes nobody.
+        """
+        self._sink = sink
+
     async def read(self) -> bytes:
         """The next piece of the body, all that arrived; empty at its end.
 
@@ -197,6 +218,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """End the exchange: back to the pool when complete, else close the connection at once."""
+        self._sink = None
         if self._is_ending and not self.done and not self._lost:
             return
         if self.done and not self._lost and not self._body and self._keep_alive:

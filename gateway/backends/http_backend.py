@@ -6,14 +6,15 @@ reading streams (reader.py), measuring capabilities (probe.py).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gateway.backends.events import EventSplitter
 from gateway.backends.http import Connection, Pool
-from gateway.backends.port import Call, Capabilities, Delta, Segment
+from gateway.backends.port import Call, Capabilities, Delta, Express, Segment
 from gateway.backends.reader import MarkerIds, StreamReader
 from gateway.backends.segments import SegmentReader, segment_body, tokenize_body
 from gateway.errors import UpstreamError, UpstreamRejected
@@ -65,18 +66,27 @@ class HttpBackend:
         self.capabilities = Capabilities()
         self.markers: MarkerIds | None = None
 
-    def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+    def generate(self, call: Call, express: Express | None = None) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
-        body = self._body(call, stream=True)
-        return self._stream(PATHS[call.surface], body, self._reader(call), call.trace_headers)
+        body, reader = self._body(call, stream=True), self._reader(call)
+        splitter = EventSplitter()
+        sink = None if express is None else partial(by_express, splitter, reader, express)
+        return self._stream(PATHS[call.surface], body, reader, call.trace_headers, splitter, sink)
 
     def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
         reader = SegmentReader(segment.top_logprobs)
-        return self._stream(PATHS["completions"], segment_body(call, segment), reader, call.trace_headers)
+        body = segment_body(call, segment)
+        return self._stream(PATHS["completions"], body, reader, call.trace_headers, EventSplitter(), None)
 
     async def _stream(
-        self, path: str, body: bytes, reader: StreamReader | SegmentReader, trace: TraceHeaders
+        self,
+        path: str,
+        body: bytes,
+        reader: StreamReader | SegmentReader,
+        trace: TraceHeaders,
+        splitter: EventSplitter,
+        sink: Callable[[bytes], bool] | None,
     ) -> AsyncGenerator[list[Delta], None]:
         """Deltas as `reader` reads them, and the usage."""
         connection = await self.pool.send(path, body, extra_headers=trace)
@@ -84,7 +94,7 @@ class HttpBackend:
             await self._check_status(connection)
             if not connection.content_type.startswith(b"text/event-stream"):
                 raise UpstreamError("The backend answered a stream with something else.")
-            splitter = EventSplitter()
+            connection.divert(sink)
             while not reader.is_done:
                 data = await connection.read()
                 out: list[Delta] = []
@@ -195,3 +205,13 @@ class HttpBackend:
         if cap is not None and call.surface == "chat" and self.capabilities.cap_binds:
             fields["thinking_token_budget"] = cap
         return msgspec.json.encode(fields)
+
+
+def by_express(splitter: EventSplitter, reader: StreamReader, express: Express, data: bytes) -> bool:
+    """Deal with one more ordinary token where its bytes arrived; False, and nothing done, for anything else."""
+    event = splitter.whole(data)
+    delta = reader.ordinary(event) if event else None
+    if delta is None or not express(delta):
+        return False
+    reader.count(delta)
+    return True

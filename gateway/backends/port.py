@@ -7,7 +7,7 @@ wire (HTTP for vLLM and OpenAI-compatible servers, a queue for the embedded engi
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
@@ -161,6 +161,10 @@ class Delta(msgspec.Struct):
     wire: bytes = b""
 
 
+# Deals with one ordinary token in the same turn of the event loop; or False, and then nothing has happened.
+Express = Callable[[Delta], bool]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """What a backend was measured to do when it came up.
@@ -211,8 +215,11 @@ class Backend(Protocol):
     id: str
     kind: str
 
-    def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+    def generate(self, call: Call, express: Express | None = None) -> AsyncGenerator[list[Delta], None]:
         """Run `call`; closing the iterator aborts it at the backend at once.
+
+        A delta of one ordinary token may be given to `express` instead of being yielded, while whoever iterates
+        waits for the next batch; where it says False, it is yielded.
 
         Raises: UpstreamRejected, UpstreamError, DeadlinePassed, InvalidRequest.
         """

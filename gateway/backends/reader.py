@@ -83,7 +83,10 @@ class StreamReader:
 
     def read(self, event: bytes, out: list[Delta]) -> None:
         """Append the deltas of one event. Raises: UpstreamError."""
-        if self._shapes and self._one_more(event, out):
+        delta = self.ordinary(event)
+        if delta is not None:
+            self.count(delta)
+            out.append(delta)
             return
         if event == DONE:
             self.is_done = True
@@ -115,23 +118,28 @@ class StreamReader:
         delta.prompt_tokens = prompt_tokens
         delta.prompt_token_ids = prompt_ids(event) if self._call.wants_token_ids else None
 
-    def _one_more(self, event: bytes, out: list[Delta]) -> bool:
-        """The fast path: an event like the last of its choice, but for text and token id."""
+    def ordinary(self, event: bytes) -> Delta | None:
+        """The delta of an event like the last of its choice, but for text and token id; nothing is counted yet."""
         for shape in self._shapes.values():
             found = shape.match(event)
             if found is not None:
                 break
         else:
-            return False
+            return None
         text, token_id, end = found
         meter, kind = self._choices[shape.choice].meter, shape.kind
         is_thinking = kind is Kind.THINKING
-        if meter is None or meter.is_open is not is_thinking or not meter.feed_plain(token_id):
-            return False
+        if meter is None or meter.is_open is not is_thinking or token_id in (meter.end_id, meter.start_id):
+            return None
         thinking, answer = (1, 0) if is_thinking else (0, 1)
         wire = event[:end] + shape.rest
-        out.append(Delta(shape.choice, kind, _decode_text(text), thinking, answer, 0, [token_id], wire=wire))
-        return True
+        return Delta(shape.choice, kind, _decode_text(text), thinking, answer, 0, [token_id], wire=wire)
+
+    def count(self, delta: Delta) -> None:
+        """Count an ordinary delta, which is delivered."""
+        meter = self._choices[delta.index].meter
+        assert meter is not None
+        meter.feed_plain(delta.token_ids[0])
 
     def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
         state = self._choices.get(choice.index) or self._new_choice(choice.index)

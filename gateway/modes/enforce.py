@@ -61,7 +61,7 @@ class Enforcement:
         if keeps_ids and call.thinking.cap is not None:
             opener = found.tool_opener if self._needs.has_tools and found.tool_format is not None else None
             run.guard = Guard(run.tally, run.finished, run.choices, keeps_ids=True, opener=opener)
-        return slot.backend.generate(call)
+        return slot.backend.generate(call, run.express())
 
     def take_over(self, run: Run, slot: Slot) -> Batches:
         """The lost choices, continued within the cap from what the client has seen of them."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from budget.envelope import Envelope
     from budget.ledger import Amounts, Hold
     from budget.tokens import TokenCounts
-    from gateway.backends.port import Call
+    from gateway.backends.port import Call, Express
     from gateway.models import Model, Slot
     from gateway.tally import Tally
 
@@ -89,6 +89,7 @@ class Run:
         counts: tokens by kind, once the books are closed.
         settled: the same in the ledger's units.
         enforced: how the cap was held.
+        deliver: puts an ordinary delta before the client at once, if it can; None where deltas are worked on first.
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
     """
@@ -113,6 +114,7 @@ class Run:
     enforced: Enforced = field(default_factory=Enforced)
     guard: Guard | None = None
     is_cut: bool = False
+    deliver: Express | None = None
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
@@ -139,7 +141,32 @@ class Run:
 
     def begin(self, slot: Slot) -> Batches:
         """The call's deltas from a slot. Raises: InvalidRequest for what it cannot serve under a cap."""
-        return slot.backend.generate(self.call) if self.enforcer is None else self.enforcer.begin(self, slot)
+        if self.enforcer is None:
+            return slot.backend.generate(self.call, self.express())
+        return self.enforcer.begin(self, slot)
+
+    def express(self) -> Express | None:
+        """The short way for ordinary tokens, where every one of them may take it."""
+        return None if self.deliver is None or self.is_bounded else self._express
+
+    def _express(self, delta: Delta) -> bool:
+        """Count and deliver one ordinary token; False, and nothing done, where `take` must look at it."""
+        tally, cap, guard = self.tally, self.call.thinking.cap, self.guard
+        index = delta.index
+        if self.finished or not 0 <= index < self.choices or tally.output() >= self.most_output:
+            return False
+        if cap is not None and delta.thinking and tally.thinking_by_choice.get(index, 0) >= cap:
+            return False
+        if guard is not None and not guard.is_ordinary(delta):
+            return False
+        if self.clock() - self.reported_at_s > REPORT_EVERY_S:
+            return False
+        if self.deliver is None or not self.deliver(delta):
+            return False
+        tally.add(delta)
+        if guard is not None:
+            guard.kept([delta])
+        return True
 
     def go_on(self, slot: Slot) -> Batches | None:
         """Where lost choices go on, after a call that was cut for them; None when there is nothing more to read."""
@@ -166,7 +193,7 @@ class Run:
             deltas = guard.kept(deltas)
             self.is_cut = guard.is_lost()
         now_s = self.clock()
-        if self.is_bounded or tally.output() > self.most_output + self._dropped():
+        if self.is_bounded or tally.output() > self.most_output:
             spent = self._spent(now_s)
             if spent is not None:
                 return self._end_spent(deltas, spent)
@@ -187,7 +214,13 @@ class Run:
 
     def _count(self, deltas: list[Delta]) -> list[Delta]:
         """Count what arrived; what comes for a choice after its finish is wasted and dropped."""
-        tally, finished, kept = self.tally, self.finished, []
+        tally, finished = self.tally, self.finished
+        if len(deltas) == 1:  # one more token, as almost always
+            (delta,) = deltas
+            if delta.wire and delta.finish_reason is None and not finished and 0 <= delta.index < self.choices:
+                tally.add(delta)
+                return deltas
+        kept = []
         for delta in deltas:
             tally.add(delta)
             if delta.usage is None:

@@ -76,6 +76,10 @@ class Guard:
         """Whether a lost choice can go on."""
         return self._keeps_ids or self._keeps_text
 
+    def is_ordinary(self, delta: Delta) -> bool:
+        """Whether a token within the cap needs nothing but to be remembered."""
+        return not (self._over or self.lost or self.calls or self._opener in delta.token_ids)
+
     def kept(self, deltas: list[Delta]) -> list[Delta]:
         """Deltas that may be delivered, remembered as what a lost choice would go on from."""
         if self._opener is not None:

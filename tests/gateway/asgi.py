@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.app import Gateway
-from gateway.backends.port import Call, Capabilities, Delta, Kind, Segment, Usage
+from gateway.backends.port import Call, Capabilities, Delta, Express, Kind, Segment, Usage
 from gateway.config import Config
 from tests.gateway.still import HOLDS_CAPS
 
@@ -39,7 +39,7 @@ class Echo:
     def __init__(self, id: str = "a") -> None:
         self.id = id
 
-    async def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+    async def generate(self, call: Call, express: Express | None = None) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
         asked = json.loads(bytes(call.fields["messages"]))[-1]["content"]
         yield [Delta(prompt_tokens=9, text="hm", kind=Kind.THINKING, thinking=1, token_ids=[7])]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from budget.price import PriceTable
-from gateway.backends.port import Call, Capabilities, Delta, Kind, Thinking, Usage
+from gateway.backends.port import Call, Capabilities, Delta, Express, Kind, Thinking, Usage
 from gateway.modes.guard import GRACE_TOKENS, Guard
 from gateway.modes.soft import ANSWER_NOW, soft_answers, with_effort
 from gateway.tally import Tally
@@ -143,7 +143,7 @@ class Chats:
         self._batches = batches
         self.calls: list[Call] = []
 
-    async def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+    async def generate(self, call: Call, express: Express | None = None) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
         self.calls.append(call)
         for batch in self._batches:

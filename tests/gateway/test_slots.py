@@ -65,7 +65,7 @@ class Probed:
             raise found
         return found
 
-    def generate(self, call: Any) -> AsyncGenerator[Any, None]:
+    def generate(self, call: Any, express: Any = None) -> AsyncGenerator[Any, None]:
         """See the port."""
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from budget.ledger import Amounts
 from budget.tokens import TokenCounts
 from gateway.backends.embedded import EmbeddedBackend
 from gateway.backends.http import UpstreamUnreachable
-from gateway.backends.port import Call, Capabilities, Delta, Kind, Usage
+from gateway.backends.port import Call, Capabilities, Delta, Express, Kind, Usage
 from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest, Overloaded, UpstreamError
 from gateway.modes.flow import Run, flow
 from gateway.modes.summary import OPENING, Summaries
@@ -57,7 +57,7 @@ class Plays:
     calls: list[Call] = field(default_factory=list)
     story: list[str] = field(default_factory=list)
 
-    async def generate(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+    async def generate(self, call: Call, express: Express | None = None) -> AsyncGenerator[list[Delta], None]:
         """The next play, a delta at a time."""
         number = len(self.calls)
         self.calls.append(call)
