@@ -53,6 +53,7 @@ class Exchange:
     Attributes:
         authorization: the header, or None.
         request_id: the client's `x-request-id` if it is a sane one, else a new one.
+        put: writes a part of a body that goes on, if that is possible without waiting (BODY_PART); None: it never is.
         trace: W3C trace context to forward.
         has_body: the request's body was read.
         has_started: the response's status is sent.
@@ -63,7 +64,6 @@ class Exchange:
 
     __slots__ = (
         "_content_length",
-        "_part",
         "_receive",
         "_send",
         "_whole",
@@ -72,6 +72,7 @@ class Exchange:
         "has_body",
         "has_started",
         "is_complete",
+        "put",
         "request_id",
         "sending_since_s",
         "status",
@@ -85,7 +86,7 @@ class Exchange:
         self._send = send
         extensions = scope.get("extensions") or {}
         self._whole: WholeResponse | None = extensions.get(WHOLE_RESPONSE)
-        self._part: BodyPart | None = extensions.get(BODY_PART)
+        self.put: BodyPart | None = extensions.get(BODY_PART)
         self.authorization: bytes | None = None
         self.trace: tuple[tuple[bytes, bytes], ...] = ()
         self._content_length = -1
@@ -179,10 +180,6 @@ class Exchange:
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         self.has_started = True
-
-    def put(self, body: bytes) -> bool:
-        """Write a part of a body that goes on, if that is possible without waiting; else False, nothing written."""
-        return self._part is not None and self._part(body)
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """A part of the body; waits while the client is slow."""

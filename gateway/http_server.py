@@ -139,11 +139,9 @@ def write_part(cycle: RequestResponseCycle, body: bytes) -> bool:
     if (
         cycle.flow.write_paused
         or cycle.disconnected
-        or not cycle.response_started
         or cycle.response_complete
-        or not cycle.chunked_encoding
-        or cycle.scope["method"] == "HEAD"
-        or not body  # which would end the body
+        or not cycle.chunked_encoding  # nor None: the response has not begun, or has no body
+        or not body  # which would end it
     ):
         return False
     cycle.transport.write_now(b"%x\r\n%b\r\n" % (len(body), body))  # type: ignore[attr-defined]  # ours

@@ -221,7 +221,7 @@ class Answer:
         waited_from = time.perf_counter()
         chunk = b""
         if self._summaries is None and not self._prepared.stops.texts:
-            self._run.deliver = lambda delta: bool(event := encoder.ordinary(delta)) and exchange.put(event)
+            self._run.deliver = encoder.short_way(exchange.put)
         try:
             async with aclosing(self._deltas()) as batches:
                 async for deltas in batches:
@@ -229,7 +229,7 @@ class Answer:
                     if not exchange.has_started:
                         await self._begin(waited_from)
                     if chunk:
-                        if not exchange.put(chunk):
+                        if exchange.put is None or not exchange.put(chunk):
                             await exchange.write(chunk)
                         chunk = b""
         except asyncio.CancelledError:

@@ -14,7 +14,7 @@ from gateway.backends.port import Delta, Kind
 from gateway.backends.reader import build_chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gateway.backends.port import Surface
 
@@ -105,12 +105,12 @@ class ChunkEncoder:
             out.append(b"data: %b\n\n" % chunk)
         return out[0] if len(out) == 1 else b"".join(out)
 
-    def ordinary(self, delta: Delta) -> bytes:
-        """The event of an ordinary delta, where that is its wire form as it is or with our name; else nothing."""
-        if not self._wire_seen or self._exclude or self._both:
-            return b""
-        wire = delta.wire
-        return b"data: %b\n\n" % (wire.replace(self._old_name, self._new_name, 1) if self._old_name else wire)
+    def short_way(self, put: Callable[[bytes], bool] | None) -> Callable[[bytes], bool] | None:
+        """What writes an upstream event for this client by `put`, once the first was encoded; None if it cannot."""
+        if put is None or self._exclude or self._both:
+            return None
+        old, new = self._old_name, self._new_name
+        return put if not old else lambda event: put(event.replace(old, new, 1))
 
     def finish(self, extension: bytes, usage: bytes | None) -> bytes:
         """The held chunk with the `thinkgate` object, the usage chunk if asked for, and the end."""

@@ -106,6 +106,15 @@ class Tally:
         if delta.usage is not None:
             self.usage = delta.usage
 
+    def add_one(self, index: int, *, is_thinking: bool) -> None:
+        """Count one token that came with its id."""
+        if is_thinking:
+            self.thinking += 1
+            of_choice = self.thinking_by_choice[index] = self.thinking_by_choice.get(index, 0) + 1
+            self.most_thinking = max(self.most_thinking, of_choice)
+        else:
+            self.answer += 1
+
     def waste(self, delta: Delta) -> None:
         """Move a counted delta's tokens to `wasted`: it reaches no client."""
         if delta.thinking:

@@ -95,19 +95,8 @@ class Connection(asyncio.Protocol):
         if self._buffered > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        if self._sink is None or not self._sink_takes_all(self._sink):
+        if self._sink is None or self._body or self.done:
             self._wake()
-
-    def _sink_takes_all(self, sink: Callable[[bytes], bool]) -> bool:
-        """Offer the body that arrived to the sink, if nobody works on an earlier part; what it refuses is read."""
-        waiter, body = self._waiter, self._body
-        if waiter is None or waiter.done() or self.done or self._paused:
-            return False
-        while body:
-            if not sink(body[0]):
-                return False
-            self._buffered -= len(body.pop(0))
-        return True
 
     def connection_lost(self, _exc: Exception | None) -> None:
         """Fail the exchange, unless it was complete."""
@@ -134,7 +123,10 @@ class Connection(asyncio.Protocol):
         self._head_done = self.status >= 200
 
     def on_body(self, body: bytes) -> None:
-        """Buffer a piece of the body."""
+        """Buffer a piece of the body, unless it is dealt with at once."""
+        sink, waiter = self._sink, self._waiter
+        if sink is not None and not self._body and waiter is not None and not waiter.done() and sink(body):
+            return
         if not self._is_ending:
             self._body.append(body)
             self._buffered += len(body)
@@ -164,7 +156,7 @@ class Connection(asyncio.Protocol):
             await self._more()
 
     def divert(self, sink: Callable[[bytes], bool] | None) -> None:
-        """Offer each further piece of this body to `sink` first, while somebody waits in `read`.
+        """Offer each further piece of this body to `sink` first, while somebody waits in `read` for just that.
 
         What it takes (True) is dealt with in the same turn of the event loop, and wakes nobody.
         """

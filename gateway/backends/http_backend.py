@@ -7,14 +7,13 @@ reading streams (reader.py), measuring capabilities (probe.py).
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gateway.backends.events import EventSplitter
 from gateway.backends.http import Connection, Pool
-from gateway.backends.port import Call, Capabilities, Delta, Express, Segment
+from gateway.backends.port import Call, Capabilities, Delta, Express, Kind, Segment
 from gateway.backends.reader import MarkerIds, StreamReader
 from gateway.backends.segments import SegmentReader, segment_body, tokenize_body
 from gateway.errors import UpstreamError, UpstreamRejected
@@ -70,7 +69,7 @@ class HttpBackend:
         """See the port."""
         body, reader = self._body(call, stream=True), self._reader(call)
         splitter = EventSplitter()
-        sink = None if express is None else partial(by_express, splitter, reader, express)
+        sink = None if express is None else short_way(splitter, reader, express)
         return self._stream(PATHS[call.surface], body, reader, call.trace_headers, splitter, sink)
 
     def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
@@ -207,11 +206,19 @@ class HttpBackend:
         return msgspec.json.encode(fields)
 
 
-def by_express(splitter: EventSplitter, reader: StreamReader, express: Express, data: bytes) -> bool:
-    """Deal with one more ordinary token where its bytes arrived; False, and nothing done, for anything else."""
-    event = splitter.whole(data)
-    delta = reader.ordinary(event) if event else None
-    if delta is None or not express(delta):
-        return False
-    reader.count(delta)
-    return True
+def short_way(splitter: EventSplitter, reader: StreamReader, express: Express) -> Callable[[bytes], bool]:
+    """What deals with one more ordinary token where its bytes arrive; with anything else it does nothing."""
+
+    def sink(data: bytes) -> bool:
+        event = splitter.whole(data)
+        found = reader.ordinary(event) if event else None
+        if found is None:
+            return False
+        shape, meter, _, token_id, end = found
+        is_thinking = shape.kind is Kind.THINKING
+        if not express(shape.choice, is_thinking, token_id, b"data: %b%b\n\n" % (event[:end], shape.rest)):
+            return False
+        meter.feed_plain(token_id)
+        return True
+
+    return sink

@@ -161,8 +161,9 @@ class Delta(msgspec.Struct):
     wire: bytes = b""
 
 
-# Deals with one ordinary token in the same turn of the event loop; or False, and then nothing has happened.
-Express = Callable[[Delta], bool]
+# Deals with one ordinary token in the same turn of the event loop; or False, and then nothing has happened. Given are
+# the choice, whether it is thinking, its id, and the event as the client may have it, framing included.
+Express = Callable[[int, bool, int, bytes], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,8 +219,8 @@ class Backend(Protocol):
     def generate(self, call: Call, express: Express | None = None) -> AsyncGenerator[list[Delta], None]:
         """Run `call`; closing the iterator aborts it at the backend at once.
 
-        A delta of one ordinary token may be given to `express` instead of being yielded, while whoever iterates
-        waits for the next batch; where it says False, it is yielded.
+        An ordinary token may be given to `express` instead of being yielded, while whoever iterates waits for the
+        next batch; where it says False, it is yielded.
 
         Raises: UpstreamRejected, UpstreamError, DeadlinePassed, InvalidRequest.
         """

@@ -42,6 +42,10 @@ class MarkerIds:
     end: int
 
 
+# An ordinary event: its shape, its choice's meter, the text as JSON, the token's id and where the text ends.
+Ordinary = tuple[Shape, ThinkingMeter, bytes, int, int]
+
+
 @dataclass(slots=True)
 class _Choice:
     meter: ThinkingMeter | None
@@ -83,10 +87,13 @@ class StreamReader:
 
     def read(self, event: bytes, out: list[Delta]) -> None:
         """Append the deltas of one event. Raises: UpstreamError."""
-        delta = self.ordinary(event)
-        if delta is not None:
-            self.count(delta)
-            out.append(delta)
+        found = self.ordinary(event)
+        if found is not None:
+            shape, meter, text, token_id, end = found
+            meter.feed_plain(token_id)
+            kind, wire = shape.kind, event[:end] + shape.rest
+            thinking, answer = (1, 0) if kind is Kind.THINKING else (0, 1)
+            out.append(Delta(shape.choice, kind, _decode_text(text), thinking, answer, 0, [token_id], wire=wire))
             return
         if event == DONE:
             self.is_done = True
@@ -118,8 +125,8 @@ class StreamReader:
         delta.prompt_tokens = prompt_tokens
         delta.prompt_token_ids = prompt_ids(event) if self._call.wants_token_ids else None
 
-    def ordinary(self, event: bytes) -> Delta | None:
-        """The delta of an event like the last of its choice, but for text and token id; nothing is counted yet."""
+    def ordinary(self, event: bytes) -> Ordinary | None:
+        """An event like the last of its choice, but for text and token id; nothing is counted yet."""
         for shape in self._shapes.values():
             found = shape.match(event)
             if found is not None:
@@ -127,19 +134,12 @@ class StreamReader:
         else:
             return None
         text, token_id, end = found
-        meter, kind = self._choices[shape.choice].meter, shape.kind
-        is_thinking = kind is Kind.THINKING
-        if meter is None or meter.is_open is not is_thinking or token_id in (meter.end_id, meter.start_id):
+        meter = self._choices[shape.choice].meter
+        if meter is None or meter.is_open is not (shape.kind is Kind.THINKING):
             return None
-        thinking, answer = (1, 0) if is_thinking else (0, 1)
-        wire = event[:end] + shape.rest
-        return Delta(shape.choice, kind, _decode_text(text), thinking, answer, 0, [token_id], wire=wire)
-
-    def count(self, delta: Delta) -> None:
-        """Count an ordinary delta, which is delivered."""
-        meter = self._choices[delta.index].meter
-        assert meter is not None
-        meter.feed_plain(delta.token_ids[0])
+        if token_id in (meter.end_id, meter.start_id):
+            return None
+        return shape, meter, text, token_id, end
 
     def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
         state = self._choices.get(choice.index) or self._new_choice(choice.index)

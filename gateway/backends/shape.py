@@ -39,7 +39,7 @@ class Shape(NamedTuple):
         The quotes are counted, so that nothing but one JSON string can stand where the text does; a text
         with an escaped quote is left to the careful path.
         """
-        before, between = self.before, self.between
+        _, _, before, between, _ = self
         if not event.startswith(before):
             return None
         at = event.rfind(between)

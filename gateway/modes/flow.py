@@ -89,7 +89,7 @@ class Run:
         counts: tokens by kind, once the books are closed.
         settled: the same in the ledger's units.
         enforced: how the cap was held.
-        deliver: puts an ordinary delta before the client at once, if it can; None where deltas are worked on first.
+        deliver: writes an event to the client at once, if it can; None where deltas are worked on first.
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
     """
@@ -114,7 +114,7 @@ class Run:
     enforced: Enforced = field(default_factory=Enforced)
     guard: Guard | None = None
     is_cut: bool = False
-    deliver: Express | None = None
+    deliver: Callable[[bytes], bool] | None = None
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
@@ -149,24 +149,26 @@ class Run:
         """The short way for ordinary tokens, where every one of them may take it."""
         return None if self.deliver is None or self.is_bounded else self._express
 
-    def _express(self, delta: Delta) -> bool:
+    def _express(self, index: int, is_thinking: bool, token_id: int, event: bytes) -> bool:
         """Count and deliver one ordinary token; False, and nothing done, where `take` must look at it."""
-        tally, cap, guard = self.tally, self.call.thinking.cap, self.guard
-        index = delta.index
-        if self.finished or not 0 <= index < self.choices or tally.output() >= self.most_output:
+        tally, guard, deliver = self.tally, self.guard, self.deliver
+        if deliver is None or self.finished or tally.output() >= self.most_output:
             return False
-        if cap is not None and delta.thinking and tally.thinking_by_choice.get(index, 0) >= cap:
+        if is_thinking and not self._is_within_cap(index):
             return False
-        if guard is not None and not guard.is_ordinary(delta):
+        if guard is not None and not guard.is_ordinary(token_id):
             return False
-        if self.clock() - self.reported_at_s > REPORT_EVERY_S:
+        if self.clock() - self.reported_at_s > REPORT_EVERY_S or not deliver(event):
             return False
-        if self.deliver is None or not self.deliver(delta):
-            return False
-        tally.add(delta)
+        tally.add_one(index, is_thinking=is_thinking)
         if guard is not None:
-            guard.kept([delta])
+            guard.remember(index, token_id)
         return True
+
+    def _is_within_cap(self, index: int) -> bool:
+        """Whether a choice may think one more token."""
+        cap = self.call.thinking.cap
+        return cap is None or self.tally.thinking_by_choice.get(index, 0) < cap
 
     def go_on(self, slot: Slot) -> Batches | None:
         """Where lost choices go on, after a call that was cut for them; None when there is nothing more to read."""

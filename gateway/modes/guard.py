@@ -76,9 +76,14 @@ class Guard:
         """Whether a lost choice can go on."""
         return self._keeps_ids or self._keeps_text
 
-    def is_ordinary(self, delta: Delta) -> bool:
+    def is_ordinary(self, token_id: int) -> bool:
         """Whether a token within the cap needs nothing but to be remembered."""
-        return not (self._over or self.lost or self.calls or self._opener in delta.token_ids)
+        return not (self._over or self.lost or token_id == self._opener or self._keeps_text)
+
+    def remember(self, index: int, token_id: int) -> None:
+        """Keep an ordinary token that was delivered."""
+        if self._keeps_ids:
+            self.ids.setdefault(index, []).append(token_id)
 
     def kept(self, deltas: list[Delta]) -> list[Delta]:
         """Deltas that may be delivered, remembered as what a lost choice would go on from."""
