@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+TRIAL_TOKENS = 2  # in and out, when a backend is made to check what an answer asks for
 MAX_WAITS = 8
 Phase = Literal["thinking", "answer", "over"]
 
@@ -44,8 +45,8 @@ class Forcing(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.opening) + len(self.wrap_up) + len(self.closing) + len(self.after)
 
     def most_wasted(self) -> int:
-        """Most tokens of one chain that are sampled and then dropped: an end of turn, and a marker at each wait."""
-        return 1 + MAX_WAITS * len(self.closing)
+        """Most tokens of one chain that reach no client: a trial's two, an end of turn, and a marker at each wait."""
+        return TRIAL_TOKENS + 1 + MAX_WAITS * len(self.closing)
 
 
 class Purse(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Collection
@@ -32,7 +33,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinkgate.models")
 PROBE_AGAIN_S = 2.0
 TRUST_AGAIN_S = 60.0
+MOST_TRIED = 1024
 TRUST_AGAIN_MOST_S = 3600.0
+
+
+class Tried:
+    """The last MOST_TRIED demands that were found right, by digest."""
+
+    def __init__(self) -> None:
+        self._digests: dict[bytes, None] = {}
+
+    def has(self, demand: bytes) -> bool:
+        """Whether it was found right before."""
+        return hashlib.sha256(demand).digest() in self._digests
+
+    def add(self, demand: bytes) -> None:
+        """Remember one; the oldest is forgotten."""
+        self._digests[hashlib.sha256(demand).digest()] = None
+        if len(self._digests) > MOST_TRIED:
+            del self._digests[next(iter(self._digests))]
 
 
 class Slot:
@@ -44,6 +63,7 @@ class Slot:
         in_flight: calls that were placed here and have not ended.
         failure: why it is down, for humans.
         lies: how often it did not hold a cap that it was measured to hold.
+        tried: what answers asked for that the backend found right.
     """
 
     def __init__(self, config: BackendConfig, build: Callable[[], Backend]) -> None:
@@ -54,6 +74,7 @@ class Slot:
         self.failure = "not probed yet"
         self.suspect = asyncio.Event()
         self.lies = 0
+        self.tried = Tried()
         self._probe_again_s = 0.0
         self._drained: asyncio.Event | None = None
 

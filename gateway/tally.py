@@ -32,6 +32,7 @@ class Tally:
 
     Attributes:
         is_guess: some tokens were guessed.
+        probe: tokens by which a backend was made to check the request, in and out.
         most_thinking: thinking tokens of the choice that thought most.
         capped: the cap ended the thinking of some choice.
         asides: of the calls that the gateway makes on the request's behalf; they are in no other attribute.
@@ -49,6 +50,7 @@ class Tally:
         "injected",
         "is_guess",
         "most_thinking",
+        "probe",
         "prompt",
         "thinking",
         "thinking_by_choice",
@@ -68,7 +70,7 @@ class Tally:
         self._most_prompt = most_prompt
         self._most_output = most_output
         self._likely_prompt = likely_prompt
-        self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = 0
+        self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = self.probe = 0
         self.thinking_by_choice: dict[int, int] = {}
         self.capped = self.has_ids = self.is_guess = False
         self.usage: Usage | None = None
@@ -146,6 +148,7 @@ class Tally:
                 prompt=self.prompt or (self._likely_prompt if self._is_unsaid() else 0),
                 thinking=self.thinking,
                 answer=self.answer,
+                probe=self.probe,
                 injected=self.injected,
                 wasted=self.wasted,
             )
@@ -159,6 +162,7 @@ class Tally:
             prompt=prompt - cached,
             cached=cached,
             thinking=thinking,
+            probe=self.probe,
             injected=injected,
             answer=max(0, completion - thinking - injected - self.wasted),
             wasted=self.wasted,

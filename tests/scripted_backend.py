@@ -34,6 +34,11 @@ CALLS = frozenset({CHAT, COMPLETIONS})
 TOKENIZER = frozenset({"/tokenize", "/detokenize"})
 
 
+def is_trial(request: Json) -> bool:
+    """Whether a call only makes the backend check its fields: one token in, one token out."""
+    return request.get("max_tokens") == 1 and isinstance(request.get("prompt"), list) and len(request["prompt"]) == 1
+
+
 class ScriptedBackend:
     """The server; an async context manager, and the fixture `scripted`.
 
@@ -191,6 +196,8 @@ class ScriptedBackend:
     def _chain(self, exchange: Exchange, request: Json) -> Reply | Playing:
         """Answer a completions call whose prompt is token ids: the next call of some chain."""
         prompts, seed = self.model.prompts_of(request), request.get("seed")
+        if is_trial(request):
+            return self._trial(exchange, request, prompts[0])
         conversation, chain = self._conversations.find(prompts[0], seed, self._next_model())
         if conversation.script is None:
             chosen = self._next(exchange)
@@ -211,6 +218,17 @@ class ScriptedBackend:
         playing = self._playing(exchange, request, script, model, base=conversation.base)
         chain.forced, chain.sampled = exchange.tail, exchange.choices[0].ids()
         return playing
+
+    def _trial(self, exchange: Exchange, request: Json, prompt: Sequence[int]) -> Reply | Playing:
+        """Answer a call of one token each way as what comes next would be, which is not used up by it."""
+        chosen = self._queue[0] if self._queue else self.default
+        chosen = chosen(exchange) if callable(chosen) else chosen
+        if isinstance(chosen, Reply):
+            return chosen
+        script = replace(
+            chosen.without_incidents(), say=[Say(answer=tokens("x"))], thinks=False, replace=chosen.replace
+        )
+        return self._playing(exchange, request, script, chosen.model or self.model, base=prompt)
 
     def _playing(
         self, exchange: Exchange, request: Json, script: Script, model: Model, base: Sequence[int] = ()

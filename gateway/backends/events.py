@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Struct
 
-from gateway.errors import UpstreamError
+from gateway.errors import UpstreamError, UpstreamRejected
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 DONE = b"[DONE]"
+NOT_THE_CLIENTS = frozenset({401, 403, 408, 429})  # our credential, and the backend's own troubles
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
 _TOKEN_IDS = b',"token_ids":['
 _PROMPT_IDS = b',"prompt_token_ids":['
@@ -128,13 +129,20 @@ _decoder = msgspec.json.Decoder(ChunkBody)
 
 
 def decode_chunk(event: bytes) -> ChunkBody:
-    """The typed view of an event. Raises: UpstreamError when it is no chunk, or carries an error."""
+    """The typed view of an event.
+
+    Raises: UpstreamError when it is no chunk, or carries an error; UpstreamRejected for an error of the client's:
+        vLLM finds some mistakes only after it has begun its stream.
+    """
     try:
         chunk = _decoder.decode(event)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UpstreamError("The backend sent an event that is not a completion chunk.") from exc
     if chunk.error is not None:
-        message = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error
+        said = chunk.error if isinstance(chunk.error, dict) else {"message": chunk.error}
+        message, code = said.get("message"), said.get("code")
+        if isinstance(code, int) and 400 <= code < 500 and code not in NOT_THE_CLIENTS:
+            raise UpstreamRejected(code, event)
         raise UpstreamError(f"The backend failed: {message or 'no reason given'}")
     return chunk
 

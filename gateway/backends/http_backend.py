@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.backends.events import EventSplitter
+from gateway.backends.events import NOT_THE_CLIENTS, EventSplitter
 from gateway.backends.http import Connection, Pool
 from gateway.backends.port import Call, Capabilities, Delta, Express, Kind, Segment
 from gateway.backends.reader import MarkerIds, StreamReader
 from gateway.backends.segments import SegmentReader, segment_body, tokenize_body
-from gateway.errors import UpstreamError, UpstreamRejected
+from gateway.errors import GatewayError, UpstreamError, UpstreamRejected
 
 if TYPE_CHECKING:
     from gateway.config import BackendConfig, ThinkingConfig, Timeouts
@@ -97,11 +97,11 @@ class HttpBackend:
             while not reader.is_done:
                 data = await connection.read()
                 out: list[Delta] = []
-                failure: UpstreamError | None = None
+                failure: GatewayError | None = None
                 try:
                     for event in splitter.feed(data) if data else splitter.finish():
                         reader.read(event, out)
-                except UpstreamError as exc:
+                except GatewayError as exc:
                     failure = exc  # what came before it was received all the same, so it counts
                 if out:
                     yield out
@@ -165,7 +165,7 @@ class HttpBackend:
         body = await connection.read_all(MAX_ANSWER_BYTES)
         if status in {401, 403}:
             raise UpstreamError(f"The backend refused the gateway's own credential (status {status}).")
-        if 400 <= status < 500 and status not in {408, 429}:
+        if 400 <= status < 500 and status not in NOT_THE_CLIENTS:
             raise UpstreamRejected(status, body)
         raise UpstreamError(f"The backend answered with status {status}.", retry_after_s=1.0)
 

@@ -27,6 +27,7 @@ FORBIDDEN_BIAS = -100
 MOST_SEED = 2**63  # seeds are signed 64 bit integers at vLLM
 # `stop` is there in instant mode only; in reasoning mode the gateway looks for it.
 ANSWER_FIELDS = ("response_format", "structured_outputs", "stop", "include_stop_str_in_output")
+CHECKED_FIELDS = ("response_format", "structured_outputs")  # by the backend, and only there
 
 PROMPT_FIELDS = (
     "messages",
@@ -128,6 +129,17 @@ class SegmentFields:
         bias: dict[str, float] = dict(_decoded(fields, "logit_bias") or {})
         marker_ids = [token_id for token_id in (forcing.start_id, forcing.end_id) if token_id is not None]
         self._answer["logit_bias"] = _raw({**bias, **{str(token_id): FORBIDDEN_BIAS for token_id in marker_ids}})
+
+    def trial(self, first: int) -> Segment | None:
+        """One token with all that only the answer has, so that its mistakes show before the thinking; None: nothing.
+
+        Args:
+            first: a token to go on from.
+        """
+        fields = {name: self._answer[name] for name in CHECKED_FIELDS if name in self._answer}
+        if not fields and not self._stop_token_ids:
+            return None
+        return Segment(prompt=[first], max_tokens=1, fields=fields, stop_token_ids=self._stop_token_ids)
 
     def segment(self, chain: Chain, index: int) -> Segment:
         """The next segment of a choice: seeds differ by choice; the answer has its format, its stops and its floor."""

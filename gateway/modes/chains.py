@@ -12,7 +12,9 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from budget.chain import Chain, ChainRules, Forcing, Step
+import msgspec
+
+from budget.chain import TRIAL_TOKENS, Chain, ChainRules, Forcing, Step
 from budget.envelope import chain_bounds, thinking_is_over
 from gateway.backends.events import FINISH_REASONS, TAIL_TOKENS
 from gateway.backends.markers import AnswerFilter, MarkerSplitter
@@ -62,6 +64,8 @@ class Chains:
         """
         self._prompt = await self._backend.tokenize(self._call)
         self._rules = self._bounds()
+        if not lost and self._rules.cap > 0:
+            await self._try_answer()
         is_open, has_closed = self._tail()
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
@@ -80,6 +84,22 @@ class Chains:
             async for batch in batches:
                 yield batch
         yield [Delta(usage=self._usage())]
+
+    async def _try_answer(self) -> None:
+        """Have the backend check what the answer asks for before any thinking is spent; once per slot and demand.
+
+        Raises: UpstreamRejected, as the backend says it.
+        """
+        trial, slot = self._fields.trial(self._prompt[0]), self._run.slot
+        if trial is None or slot is None:
+            return
+        demand = msgspec.json.encode((trial.fields, trial.stop_token_ids))
+        if not slot.tried.has(demand):
+            async with aclosing(self._backend.extend(self._call, trial)) as batches:
+                async for _ in batches:
+                    self._run.tally.probe = TRIAL_TOKENS  # it is in the hold, more is not
+                    break
+            slot.tried.add(demand)
 
     def _resumed(self, chain: Chain, lost: TakeOver) -> Step:
         """Bring a chain to where a lost choice was, and end its thinking."""

@@ -20,12 +20,13 @@ from gateway.app import Gateway
 from gateway.backends.embedded import EmbeddedBackend
 from gateway.backends.http_backend import HttpBackend
 from gateway.config import Config
+from gateway.models import Tried
 from gateway.modes.soft import ANSWER_NOW
 from kernels.engine import Engine
 from tests.gateway.asgi import Answered, ask
 from tests.gateway.matrix import DEFAULT, FLOOR, NATURAL, SEED, STOP, Cell, Column, Json, arguments, thinking_of
 from tests.kernels.tiny import END, HERMES, scripted, tiny_tokenizer
-from tests.scripted_backend import ScriptedBackend
+from tests.scripted_backend import ScriptedBackend, is_trial
 from tests.scripted_script import DEADLINE_S, Exchange, Script
 from tests.scripted_stream import Choice, Say, Token, tokens, tool_call_tokens
 
@@ -46,6 +47,7 @@ class Processed:
         thinking: thinking tokens of each choice that were sampled.
         answer: answer tokens of all choices, of calls that were not cut.
         is_whole: no call was cut, so all of it was received.
+        trials: calls that only made it check what the answer asks for; in none of the other figures.
     """
 
     prompt: int
@@ -53,6 +55,7 @@ class Processed:
     thinking: list[int]
     answer: int
     is_whole: bool
+    trials: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,9 +118,10 @@ class ScriptedBench(Bench):
         return model.slots[0]
 
     def play(self, cell: Cell) -> None:
-        """See above; a backend that lied is trusted again."""
+        """See above; a backend that lied is trusted again, and tried again what the answer asks for."""
         self.backend.forget()
         slot = self._slot()
+        slot.tried = Tried()
         slot.capabilities = slot.backend.capabilities = self._trusted
         self._says = [cell.asks.says(choice) for choice in range(cell.n)]
         self._tokens_per_event, self._events_per_write = cell.packing()
@@ -148,7 +152,8 @@ class ScriptedBench(Bench):
         """See above."""
         for exchange in self.backend.exchanges:
             await _ended(exchange)
-        calls = self.backend.calls
+        trials = [call for call in self.backend.calls if is_trial(call.json)]
+        calls = [call for call in self.backend.calls if call not in trials]
         model = self.column.serves or self.backend.model
         whole = [call for call in calls if call.done.is_set()]
         thinking = [0] * cell.n
@@ -161,6 +166,7 @@ class ScriptedBench(Bench):
             + sum(_forced(chain.calls) for chain in self.backend.chains),
             thinking=thinking,
             answer=sum(_of_kind(choice, "answer") + _of_kind(choice, "eos") for c in whole for choice in c.choices),
+            trials=len(trials),
             is_whole=len(whole) == len(calls),
         )
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from budget.chain import TRIAL_TOKENS
 from tests.gateway.asgi import Answered
 from tests.gateway.matrix import DEFAULT, INSTANT_COLUMNS, LIMIT, MARKUP, NATURAL, WRAP_UP, Cell, Json
 from tests.gateway.matrix_benches import Bench, Processed
@@ -232,6 +233,7 @@ def _check_books(cell: Cell, answer: Json, thought: Sequence[int], books: Proces
     counted = counts["thinking"] + counts["answer"] + counts["injected"] + counts["wasted"]
     if cell.of.has_ids:
         assert counts["prompt"] + counts["cached"] == books.prompt
+    assert counts["probe"] == TRIAL_TOKENS * books.trials
     if books.is_whole and cell.of.is_honest:
         assert list(thought) == books.thinking
     if books.is_whole and cell.feature != "stop":
