@@ -7,6 +7,7 @@ from typing import Any
 
 from openai import OpenAI
 
+from budget.chain import TRIAL_TOKENS
 from tests.e2e.servers import PRICES, Gateway
 
 MODEL = "smollm2"
@@ -132,7 +133,8 @@ def check_accounts(answer: Answer, *, cap: int | None = None, may_waste: bool = 
     """Tokens by kind, usage, hold and money agree, as docs/api.md, "Counting" defines them."""
     tokens, report = answer.tokens, answer.thinkgate
     assert set(tokens) == KINDS
-    assert tokens["planner"] == tokens["probe"] == 0
+    assert tokens["planner"] == 0
+    assert tokens["probe"] in {0, TRIAL_TOKENS}
     assert may_waste or tokens["wasted"] == 0
     output = sum(tokens[kind] for kind in OUTPUT_KINDS)
     if answer.usage is not None:
@@ -144,7 +146,13 @@ def check_accounts(answer: Answer, *, cap: int | None = None, may_waste: bool = 
     if cap is not None:
         assert tokens["thinking"] <= cap * len(answer.choices)
     assert report["settled"]["tokens"] == sum(tokens.values()) <= report["hold"]["tokens"]
-    price = {**PRICES, "injected": PRICES["answer"], "planner": 0.0, "probe": 0.0, "wasted": PRICES["answer"]}
+    price = {
+        **PRICES,
+        "injected": PRICES["answer"],
+        "planner": 0.0,
+        "probe": PRICES["answer"],
+        "wasted": PRICES["answer"],
+    }
     nano_usd = round(sum(count * price[kind] * 1000 for kind, count in tokens.items()))
     assert report["settled"]["nano_usd"] == nano_usd <= report["hold"]["nano_usd"]
     assert abs(report["cost_usd"] - nano_usd / 1e9) < 1e-12

@@ -68,7 +68,7 @@ def test_stream_and_whole_answer_agree_token_by_token(
     whole, streamed = ask(client, QUESTION, **asked), ask(client, QUESTION, stream=True, **asked)
     for one, other in zip(streamed.first.logprobs, whole.first.logprobs, strict=True):
         assert (one.token, one.bytes, len(one.top_logprobs)) == (other.token, other.bytes, len(other.top_logprobs))
-        assert one.logprob == pytest.approx(other.logprob, abs=0.1)  # bfloat16 rounds otherwise in another batch
+        assert one.logprob == pytest.approx(other.logprob, abs=0.25)  # bfloat16 rounds otherwise in another batch
     streamed.first.logprobs = whole.first.logprobs = []
     assert streamed.choices == whole.choices
     assert streamed.usage == whole.usage
