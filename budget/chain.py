@@ -44,6 +44,10 @@ class Forcing(msgspec.Struct, frozen=True, kw_only=True):
         """Most tokens that opening and ending one chain by force can take."""
         return len(self.opening) + len(self.wrap_up) + len(self.closing) + len(self.after)
 
+    def ending(self) -> int:
+        """Most tokens that putting an empty chain before an answer can take."""
+        return len(self.opening) + len(self.closing) + len(self.after)
+
     def most_wasted(self) -> int:
         """Most tokens of one chain that reach no client: a trial's two, an end of turn, and a marker at each wait."""
         return TRIAL_TOKENS + 1 + MAX_WAITS * len(self.closing)

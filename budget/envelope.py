@@ -44,7 +44,7 @@ class Envelope:
 
 
 def chain_bounds(
-    envelope: Envelope, prices: PriceTable, *, prompt: int, choices: int, total: int
+    envelope: Envelope, prices: PriceTable, *, prompt: int, choices: int, total: int, aside: int = 0
 ) -> tuple[int, Purse | None]:
     """Each choice's equal share of an envelope, once the prompt is known to take `prompt` tokens.
 
@@ -54,14 +54,15 @@ def chain_bounds(
         prompt: tokens, as many as the backend counts.
         choices: how many share.
         total: most output tokens per choice that were allowed anyway.
+        aside: tokens spent besides, at the answer's price.
 
     Returns: most output tokens per choice, and the money of one choice if that is bounded; either may leave nothing.
     """
     if envelope.tokens is not None:
-        total = min(total, (envelope.tokens - prompt) // choices)
+        total = min(total, (envelope.tokens - prompt - aside) // choices)
     if envelope.nano_usd is None:
         return total, None
-    left = envelope.nano_usd * FEMTO_PER_NANO - prompt * max(prices.prompt, prices.cached)
+    left = envelope.nano_usd * FEMTO_PER_NANO - prompt * max(prices.prompt, prices.cached) - aside * prices.answer
     return total, Purse(femto_usd=left // choices, thinking=prices.thinking, answer=prices.answer)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from gateway.errors import InvalidRequest
-from gateway.request import AnthropicThinking, ChatFields, Common, Extension, GeminiThinking, Reasoning, Summary
+from gateway.request import AnthropicThinking, Common, Extension, GeminiThinking, Reasoning, Summary
 
 LEAST_FIELD = "thinkgate.min_thinking_tokens"
 # Arguments of the templating itself, not of a template.
@@ -134,8 +134,8 @@ def hear_common(said: Said, fields: Common, suffix: str | None) -> None:
     _refuse_not_built(extension)
 
 
-def hear_chat(said: Said, fields: ChatFields, total: int | None, total_field: str) -> None:
-    """The dialects that only chat has. Raises: InvalidRequest."""
+def hear_dialects(said: Said, fields: Common, total: int | None, total_field: str) -> None:
+    """What others than we call it. Raises: InvalidRequest."""
     if fields.reasoning_effort is not None:
         said.try_hard("reasoning_effort", fields.reasoning_effort)
     if fields.reasoning is not None:
@@ -217,7 +217,7 @@ def _hear_gemini(said: Said, config: GeminiThinking) -> None:
         said.show("thinking_config.include_thoughts", hidden=not config.include_thoughts)
 
 
-def _hear_qwen(said: Said, fields: ChatFields) -> None:
+def _hear_qwen(said: Said, fields: Common) -> None:
     if fields.enable_thinking is not None:
         said.think("enable_thinking", fields.enable_thinking)
     if fields.thinking_budget is not None:

@@ -21,6 +21,7 @@ class Needs(NamedTuple):
     Attributes:
         is_chat: a chat call; text completions have no thinking to cap.
         has_tools: the client brings tools.
+        forces_call: one of them must be called.
         has_media: the prompt is not text only, so that it cannot be rendered as token ids.
         has_envelope: the envelope may have to end the thinking before the cap does.
         min_thinking: thinking may have to be made to go on.
@@ -30,6 +31,7 @@ class Needs(NamedTuple):
 
     is_chat: bool = True
     has_tools: bool = False
+    forces_call: bool = False
     has_media: bool = False
     has_envelope: bool = False
     min_thinking: int = 0
@@ -49,7 +51,10 @@ def enforcement(found: Capabilities, needs: Needs, policy: Policy, kind: str) ->
     can_chain = found.forcing is not None and needs.is_chat and not needs.has_media
     binds = bool(found.cap_binds_with_tools if needs.has_tools else found.cap_binds)
     must_prefill = not needs.is_native and kind != "embedded"
-    if can_chain and (policy == "two_phase" or needs.has_envelope or needs.min_thinking or must_prefill):
+    # There a grammar makes forced calls; vLLM's own parsers let them break their schema after thinking.
+    makes_calls = needs.forces_call and policy == "auto" and kind == "vllm" and found.tool_format is not None
+    must_chain = policy == "two_phase" or needs.has_envelope or needs.min_thinking or must_prefill
+    if can_chain and (must_chain or makes_calls):
         return "two_phase", ""
     if policy == "two_phase" or needs.min_thinking or must_prefill:
         return "none", _why_no_chain(found, needs)
@@ -74,8 +79,12 @@ def _last_resort(found: Capabilities, needs: Needs, policy: Policy, kind: str) -
 
 
 def instant_enforcement(found: Capabilities, needs: Needs) -> How:
-    """How thinking is kept out of instant mode: by the template's switch, else by a prefilled empty chain."""
-    if needs.is_chat and not found.instant_is_quiet and found.forcing is not None and not needs.has_media:
+    """How thinking is kept out of instant mode: by the template's switch, else by a prefilled empty chain.
+
+    A model that does not think by itself needs neither; and in the middle of a message no chain can be put.
+    """
+    can_chain = needs.is_chat and found.forcing is not None and not needs.has_media
+    if can_chain and not found.instant_is_quiet and needs.is_native and not needs.continues:
         return "two_phase"
     return "native" if found.cap_binds else "switch"
 

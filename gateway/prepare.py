@@ -201,6 +201,7 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues:
     return Needs(
         is_chat=is_chat,
         has_tools=ask.has_tools,
+        forces_call=ask.forces_call,
         has_media=has_media,
         has_envelope=ask.envelope is not None,
         min_thinking=ask.min_thinking,

@@ -166,6 +166,14 @@ class Common(Struct, kw_only=True):
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     return_token_ids: bool | None = None
     thinking_token_budget: Budget | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    thinking: AnthropicThinking | None = None
+    thinking_config: GeminiThinking | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: Budget | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
     thinkgate: Extension | None = None
 
 
@@ -183,14 +191,8 @@ class ChatFields(Common, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    reasoning_effort: Effort | None = None
-    reasoning: Reasoning | None = None
-    thinking: AnthropicThinking | None = None
-    thinking_config: GeminiThinking | None = None
-    enable_thinking: bool | None = None
-    thinking_budget: Budget | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    include_reasoning: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
 
 class CompletionFields(Common, kw_only=True):

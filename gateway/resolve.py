@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from budget.price import nano_usd
-from gateway.dialects import LEAST_FIELD, Said, contradiction, hear_chat, hear_common, hear_least
+from gateway.dialects import LEAST_FIELD, Said, contradiction, hear_common, hear_dialects, hear_least
 from gateway.errors import InvalidRequest
 from gateway.request import ChatFields, Common, CompletionFields, Extension, Summary
 
@@ -57,6 +57,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         tier: `service_tier` as asked, or None.
         priority: -1, 0 or 1; lower goes first.
         has_tools: the client brings tools.
+        forces_call: one of them must be called.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     tier: str | None = None
     priority: int = 0
     has_tools: bool = False
+    forces_call: bool = False
 
 
 def split_suffix(name: str, known: object) -> tuple[str, str | None]:
@@ -99,7 +101,7 @@ def resolve_chat(fields: ChatFields, model: str, suffix: str | None) -> Ask:
     said = Said()
     total, total_field = _total(fields.max_tokens, fields.max_completion_tokens)
     hear_common(said, fields, suffix)
-    hear_chat(said, fields, total, total_field)
+    hear_dialects(said, fields, total, total_field)
     if fields.thinkgate is not None:
         hear_least(said, fields.thinkgate)
         if said.least:
@@ -108,13 +110,16 @@ def resolve_chat(fields: ChatFields, model: str, suffix: str | None) -> Ask:
         raise contradiction(said.on_field, said.shown_field)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-    return _ask(fields, model, said, total, total_field, has_tools=bool(fields.tools))
+    ask = _ask(fields, model, said, total, total_field, has_tools=bool(fields.tools))
+    forces_call = isinstance(fields.tool_choice, dict) or fields.tool_choice == "required"
+    return msgspec.structs.replace(ask, forces_call=True) if forces_call else ask
 
 
 def resolve_completion(fields: CompletionFields, model: str, suffix: str | None) -> Ask:
     """The `Ask` of a text completion: a raw prompt has no thinking switch, so thinking is refused by name."""
     said = Said()
     hear_common(said, fields, suffix)
+    hear_dialects(said, fields, fields.max_tokens, "max_tokens")
     if fields.thinkgate is not None:
         hear_least(said, fields.thinkgate)
     if said.on or said.effort is not None:

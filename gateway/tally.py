@@ -117,6 +117,12 @@ class Tally:
         else:
             self.answer += 1
 
+    def take_back(self, index: int) -> None:
+        """A thinking token is none: it is counted again when it is known what becomes of it."""
+        self.thinking -= 1
+        self.thinking_by_choice[index] -= 1
+        self.most_thinking = max(self.thinking_by_choice.values())
+
     def waste(self, delta: Delta) -> None:
         """Move a counted delta's tokens to `wasted`: it reaches no client."""
         if delta.thinking:

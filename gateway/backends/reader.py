@@ -42,8 +42,8 @@ class MarkerIds:
     end: int
 
 
-# An ordinary event: its shape, its choice's meter, the text as JSON, the token's id and where the text ends.
-Ordinary = tuple[Shape, ThinkingMeter, bytes, int, int]
+# An ordinary event: its shape, its choice's meter, the text, the token's id and where the text ends.
+Ordinary = tuple[Shape, ThinkingMeter, str, int, int]
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class StreamReader:
             meter.feed_plain(token_id)
             kind, wire = shape.kind, event[:end] + shape.rest
             thinking, answer = (1, 0) if kind is Kind.THINKING else (0, 1)
-            out.append(Delta(shape.choice, kind, _decode_text(text), thinking, answer, 0, [token_id], wire=wire))
+            out.append(Delta(shape.choice, kind, text, thinking, answer, 0, [token_id], wire=wire))
             return
         if event == DONE:
             self.is_done = True
@@ -139,7 +139,10 @@ class StreamReader:
             return None
         if token_id in (meter.end_id, meter.start_id):
             return None
-        return shape, meter, text, token_id, end
+        try:
+            return shape, meter, _decode_text(text), token_id, end
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None  # no JSON string after all: the careful path says so
 
     def _one_choice(self, chunk: ChunkBody, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> None:
         state = self._choices.get(choice.index) or self._new_choice(choice.index)

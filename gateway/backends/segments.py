@@ -136,7 +136,8 @@ class SegmentFields:
         Args:
             first: a token to go on from.
         """
-        fields = {name: self._answer[name] for name in CHECKED_FIELDS if name in self._answer}
+        asked = {name: self._answer[name] for name in CHECKED_FIELDS if name in self._answer}
+        fields = {name: value for name, value in asked.items() if bytes(value) != b"null"}
         if not fields and not self._stop_token_ids:
             return None
         return Segment(prompt=[first], max_tokens=1, fields=fields, stop_token_ids=self._stop_token_ids)

@@ -14,6 +14,7 @@ _TEXT_AT = {Kind.ANSWER: b'"delta":{"content":', Kind.THINKING: b'"delta":{"reas
 _AFTER_TEXT = b'},"logprobs":null,'
 _IDS_AT = b',"token_ids":['
 _END = b"]}]}"
+MOST_DIGITS = 12  # of a token id
 
 
 class Shape(NamedTuple):
@@ -47,7 +48,8 @@ class Shape(NamedTuple):
         token = event[at + len(between) : -len(_END)]
         if at < len(before) or text.count(b'"') != 2 or not text.startswith(b'"') or not text.endswith(b'"'):
             return None
-        return (text, int(token), at) if token.isdigit() and event.endswith(_END) else None
+        is_id = len(token) <= MOST_DIGITS and token.isdigit()
+        return (text, int(token), at) if is_id and event.endswith(_END) else None
 
 
 def learn(event: bytes, choice: int, kind: Kind) -> Shape | None:

@@ -28,7 +28,7 @@ from gateway.modes.merge import merged
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from gateway.backends.port import Backend
+    from gateway.backends.port import Backend, Segment
     from gateway.modes.flow import Run
 
 
@@ -63,9 +63,11 @@ class Chains:
         Raises: as `Backend.generate`; InvalidRequest when the envelope cannot hold the prompt.
         """
         self._prompt = await self._backend.tokenize(self._call)
-        self._rules = self._bounds()
-        if not lost and self._rules.cap > 0:
-            await self._try_answer()
+        # Where no thinking comes first, or the backend has taken the call already, mistakes show by themselves.
+        trial = None if lost or self._call.thinking.cap == 0 else self._trial()
+        self._rules = self._bounds(aside=0 if trial is None else TRIAL_TOKENS)
+        if trial is not None:
+            await self._try_answer(trial)
         is_open, has_closed = self._tail()
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
@@ -85,25 +87,25 @@ class Chains:
                 yield batch
         yield [Delta(usage=self._usage())]
 
-    async def _try_answer(self) -> None:
-        """Have the backend check what the answer asks for before any thinking is spent; once per slot and demand.
-
-        Raises: UpstreamRejected, as the backend says it.
-        """
+    def _trial(self) -> Segment | None:
+        """What the backend must check before any thinking is spent on it, if it has not found it right before."""
         trial, slot = self._fields.trial(self._prompt[0]), self._run.slot
-        if trial is None or slot is None:
-            return
-        demand = msgspec.json.encode((trial.fields, trial.stop_token_ids))
-        if not slot.tried.has(demand):
-            async with aclosing(self._backend.extend(self._call, trial)) as batches:
-                async for _ in batches:
-                    self._run.tally.probe = TRIAL_TOKENS  # it is in the hold, more is not
-                    break
-            slot.tried.add(demand)
+        return None if trial is None or slot is None or slot.tried.has(_demand(trial)) else trial
+
+    async def _try_answer(self, trial: Segment) -> None:
+        """Have it checked. Raises: UpstreamRejected, as the backend says it."""
+        async with aclosing(self._backend.extend(self._call, trial)) as batches:
+            async for _ in batches:
+                self._run.tally.probe = TRIAL_TOKENS  # it is in the hold, more is not
+                break
+        if self._run.slot is not None:
+            self._run.slot.tried.add(_demand(trial))
 
     def _resumed(self, chain: Chain, lost: TakeOver) -> Step:
         """Bring a chain to where a lost choice was, and end its thinking."""
         chain.resume(lost.ids)
+        if lost.end is not None:
+            return chain.feed([lost.end], "stop")
         opener = self._found.tool_opener
         if lost.begins_call and opener is not None:
             return chain.feed([opener], "stop", opener)
@@ -291,20 +293,31 @@ class Chains:
             return "envelope.tokens" if self._is_shared else None
         return None if self._rules.purse is None else "envelope.usd"
 
-    def _bounds(self) -> ChainRules:
-        """What bounds each chain. Raises: InvalidRequest when the envelope cannot hold the prompt."""
+    def _bounds(self, *, aside: int) -> ChainRules:
+        """What bounds each chain, `aside` tokens being spent besides.
+
+        Raises: InvalidRequest when the window, the envelope or `max_tokens` has no room.
+        """
         run, thinking, prompt = self._run, self._call.thinking, len(self._prompt)
         total, window = self._call.max_tokens, self._found.max_model_len
-        if window is not None:
-            total = min(total, window - prompt)
-            if total <= self._forcing.overhead():
+        forced = self._forcing.overhead() if thinking.cap != 0 else self._forcing.ending()
+        if window is not None and window - prompt < total:
+            total = window - prompt
+            if total <= forced:
                 raise InvalidRequest(
                     f"The prompt has {prompt} tokens: the model's window of {window} has no room for an answer.",
                     param="messages",
                     code="context_length_exceeded",
                 )
+        if total <= forced:
+            raise InvalidRequest(
+                f"`max_tokens` must be above {forced}: so many tokens keep this model from thinking.",
+                param="max_tokens",
+            )
         most = total
-        total, purse = chain_bounds(run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=most)
+        total, purse = chain_bounds(
+            run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=most, aside=aside
+        )
         self._is_shared = total < most
         if total <= 0 or (purse is not None and purse.femto_usd <= 0):
             raise InvalidRequest(
@@ -368,6 +381,11 @@ class Chains:
 
     def _usage(self) -> Usage:
         return Usage(prompt_tokens=len(self._prompt), completion_tokens=0, cached_tokens=self._cached)
+
+
+def _demand(trial: Segment) -> bytes:
+    """What is asked for, to be recognised by."""
+    return msgspec.json.encode((trial.fields, trial.stop_token_ids))
 
 
 def _part(logprobs: Any, start: int, end: int) -> Any:  # noqa: ANN401  # JSON is of any type

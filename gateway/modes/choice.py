@@ -24,11 +24,13 @@ class TakeOver:
         index: the choice.
         ids: its output as far as it was delivered.
         begins_call: it goes on with a tool call that began inside its thinking.
+        end: the token by which the model ended its turn inside its thinking, if it did.
     """
 
     index: int
     ids: list[int]
     begins_call: bool = False
+    end: int | None = None
 
 
 @dataclass(slots=True)

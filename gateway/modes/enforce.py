@@ -72,7 +72,7 @@ class Enforcement:
         run.enforced.dropped += guard.dropped
         lost = sorted(guard.lost)
         thinking = {index: run.tally.thinking_by_choice.get(index, 0) for index in lost}
-        is_lie = not guard.lost <= guard.calls
+        is_lie = not guard.lost <= guard.calls | guard.ends.keys()
         if is_lie:
             run.tally.capped, run.enforced.ended_by = True, "cap"
         run.tally.most_thinking = max(run.tally.thinking_by_choice.values(), default=0)
@@ -82,5 +82,7 @@ class Enforcement:
         if is_lie and TAMPERING.isdisjoint(run.call.fields):
             slot.distrust(instant=not run.call.thinking.enabled)
         run.enforced.how = "two_phase"
-        kept = [TakeOver(index, guard.ids.get(index, []), index in guard.calls) for index in lost]
+        kept = [
+            TakeOver(index, guard.ids.get(index, []), index in guard.calls, guard.ends.get(index)) for index in lost
+        ]
         return Chains(run, slot.backend, found).deltas(kept)

@@ -185,6 +185,8 @@ class Run:
         """
         tally, cap, guard = self.tally, self.call.thinking.cap, self.guard
         deltas = self._count(deltas)
+        if guard is not None:
+            deltas = guard.unended(deltas)
         if cap is not None and tally.most_thinking > cap:
             guard = self.guard = guard or Guard(tally, self.finished, self.choices)
             deltas = guard.within(deltas, cap)

@@ -1,8 +1,9 @@
 """Watching that a backend holds its cap, and knowing what each choice may keep when it does not.
 
 Owns: dropping thinking beyond the cap, telling a slip from a lie, and remembering what was delivered, so that
-a lost choice can be taken over. Also a choice that begins a tool call inside its thinking is lost, though no lie:
-its backend, counting on, would force the end of the thinking into the middle of the call. O(1) per delta.
+a lost choice can be taken over. Lost, though no lie, is also a choice that begins a tool call inside its thinking (its
+backend, counting on, would force the end of the thinking into the middle of the call), and one whose model ended its
+turn there (it would have no answer). O(1) per delta.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Guard:
     Attributes:
         lost: choices that think on past the cap and its grace, or ended like that, or began a call.
         calls: those of them that began a call.
+        ends: the token by which those of them ended their turn inside the thinking.
         overrun: thinking tokens the backend sent beyond the cap.
         dropped: tokens that were dropped for it.
         ids: delivered output by choice.
@@ -47,6 +49,7 @@ class Guard:
         "_tally",
         "calls",
         "dropped",
+        "ends",
         "ids",
         "lost",
         "overrun",
@@ -66,6 +69,7 @@ class Guard:
         self._tally, self._finished, self._choices = tally, finished, choices
         self._keeps_ids, self._keeps_text, self._opener = keeps_ids, keeps_text, opener
         self.calls: set[int] = set()
+        self.ends: dict[int, int] = {}
         self._over: dict[int, int] = {}
         self.lost: set[int] = set()
         self.overrun = self.dropped = 0
@@ -75,6 +79,19 @@ class Guard:
     def can_take_over(self) -> bool:
         """Whether a lost choice can go on."""
         return self._keeps_ids or self._keeps_text
+
+    def unended(self, deltas: list[Delta]) -> list[Delta]:
+        """Deltas without an end of turn inside the thinking: its choice is lost, and goes on to an answer."""
+        if self._keeps_ids:
+            for delta in deltas:
+                if delta.finish_reason == "stop" and delta.thinking and not delta.answer and delta.token_ids:
+                    self.ends[delta.index] = delta.token_ids.pop()
+                    delta.finish_reason, delta.stop_reason, delta.wire = None, None, b""
+                    delta.thinking -= 1
+                    self._tally.take_back(delta.index)
+                    self._finished.discard(delta.index)
+                    self._lose(delta.index)
+        return deltas
 
     def is_ordinary(self, token_id: int) -> bool:
         """Whether a token within the cap needs nothing but to be remembered."""

@@ -45,7 +45,9 @@ async def stopped_flow(run: Run, stops: Stops) -> AsyncGenerator[list[Delta], No
     filters = [_Filters(stops) for _ in range(run.choices)]
     async with aclosing(flow(run)) as batches:
         async for deltas in batches:
-            kept = [delta for delta in deltas if _filter(run, filters, delta)]
+            kept: list[Delta] = []
+            for delta in deltas:
+                _filter(run, filters, delta, kept)
             if kept:
                 yield kept
             if all(choice.has_hit for choice in filters):
@@ -62,19 +64,29 @@ class _Filters:
         self._by_kind = {kind: StopFilter(stops.texts, keep=stops.keep) for kind in kinds}
         self.has_hit = False
 
+    def end_of_thinking(self) -> str:
+        """The text of the thinking that is held back, since a stop string might have begun with it; once."""
+        thinking = self._by_kind.get(Kind.THINKING)
+        return "" if thinking is None else thinking.feed("", is_last=True)
+
     def of(self, delta: Delta) -> StopFilter | None:
         """The filter of a delta's text, if it is looked at; a choice's end flushes the answer's."""
         return self._by_kind.get(delta.kind) if delta.text or delta.finish_reason is not None else None
 
 
-def _filter(run: Run, filters: list[_Filters], delta: Delta) -> bool:
-    """Apply the choice's filter to one delta; False when it comes after the stop string."""
+def _filter(run: Run, filters: list[_Filters], delta: Delta, kept: list[Delta]) -> None:
+    """Append what one delta's choice may show of it; nothing, when it comes after the stop string."""
     if delta.usage is not None or delta.index >= len(filters):
-        return True
+        kept.append(delta)
+        return
     choice = filters[delta.index]
     if choice.has_hit:
         run.tally.waste(delta)
-        return False
+        return
+    if delta.finish_reason is not None or (delta.kind is Kind.ANSWER and delta.text):
+        held = choice.end_of_thinking()
+        if held:
+            kept.append(Delta(delta.index, Kind.THINKING, held))
     stop = choice.of(delta)
     if stop is not None:
         text = stop.feed(delta.text, is_last=delta.finish_reason is not None)
@@ -85,7 +97,7 @@ def _filter(run: Run, filters: list[_Filters], delta: Delta) -> bool:
         if text != delta.text or choice.has_hit:
             delta.text = text
             delta.wire = _with_text(delta) if delta.wire else b""
-    return True
+    kept.append(delta)
 
 
 def _with_text(delta: Delta) -> bytes:

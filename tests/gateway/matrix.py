@@ -293,6 +293,8 @@ class Cell:
         column = self.of
         if self.tokens == 0:
             return column.how_instant
+        if self.feature in {"tools_named", "tools_required"} and column.kind == "vllm" and column.teaches:
+            return "two_phase"  # where a grammar makes the call
         if self.column == "ignores" and self.tokens in {None, NATURAL}:
             return "native"  # there is nothing to take over
         return column.how
