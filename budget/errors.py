@@ -1,8 +1,10 @@
 """What can go wrong with a budget.
 
 BudgetError
-├── HoldRefused      a limit has no room for the hold; says which, and when to try again
-└── EnvelopeSpent    a request used up its own tokens, dollars or seconds
+├── HoldRefused           a limit has no room for the hold; says which, and when to try again
+├── EnvelopeSpent         a request used up its own tokens, dollars or seconds
+├── Conflict              a record is not at the version that the change was made for
+└── RecordsUnreachable    the store of records cannot be reached, or failed
 """
 
 from __future__ import annotations
@@ -44,3 +46,21 @@ class EnvelopeSpent(BudgetError):
     def __init__(self, part: str) -> None:
         super().__init__(f"the envelope's {part} are spent")
         self.part = part
+
+
+class Conflict(BudgetError):
+    """A record is not at the version that the change was made for; nothing was written.
+
+    Attributes:
+        key: of the record.
+        version: that it has; 0 for none.
+    """
+
+    def __init__(self, key: str, version: int) -> None:
+        super().__init__(f"the record {key!r} is at version {version}")
+        self.key = key
+        self.version = version
+
+
+class RecordsUnreachable(BudgetError):
+    """The store of records cannot be reached, or failed; a change may have happened or not."""
