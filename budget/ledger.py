@@ -7,6 +7,7 @@ has ended, held = 0 and settled = every token received from a backend.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -63,6 +64,41 @@ class Remaining(msgspec.Struct, frozen=True, kw_only=True):
     limit: int
     remaining: int
     reset_s: float
+
+
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What was settled on one day for one combination of scopes and mode.
+
+    Attributes:
+        day: in UTC.
+        scopes: that paid, the model's own included.
+    """
+
+    day: dt.date
+    scopes: tuple[str, ...]
+    mode: str
+    requests: int
+    tokens: int
+    thinking_tokens: int
+    nano_usd: int
+
+
+class LedgerHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """How the ledger's store is.
+
+    Attributes:
+        kind: `memory`, `sqlite` or `redis`.
+        is_reachable: it answers.
+        holds: open now.
+        held: by them.
+        detail: for humans.
+    """
+
+    kind: str
+    is_reachable: bool
+    holds: int
+    held: Amounts
+    detail: str
 
 
 class Hold(Protocol):

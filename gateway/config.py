@@ -7,6 +7,7 @@ Does not own: reading files and the environment (config_load.py), nor secrets, w
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 SMALLEST_USD = 1e-9
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
+SCOPE = re.compile(r"(org|team|user|key|model|tag):\S+")
 
 
 def _is_variable(name: str) -> str:
@@ -65,6 +66,7 @@ class Server(Section):
     workers: PositiveInt = 1
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     admin_token_env: Variable = "THINKGATE_ADMIN_TOKEN"  # noqa: S105  # the name of a variable
+    key_hash_env: Variable = "THINKGATE_KEY_HASH_SECRET"
     metrics: Metrics = Metrics()
     timeouts: Timeouts = Timeouts()
     media_hosts: tuple[str, ...] = ()
@@ -199,12 +201,9 @@ class ModelConfig(Section):
         return self
 
 
-class KeyConfig(Section):
-    """One API key: whose it is and what it may ask for. The secret itself never stands in the file."""
+class KeyTraits(Section):
+    """Whose a key is and what it may ask for, wherever it is kept."""
 
-    id: str = Field(pattern=r"^\S{1,64}$")
-    secret_env: Variable | None = None
-    secret_sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     user: str | None = None
     team: str | None = None
     org: str | None = None
@@ -214,6 +213,14 @@ class KeyConfig(Section):
     degrade: tuple[Literal["cap", "effort", "instant", "model"], ...] = ()
     tags: tuple[str, ...] = ()
     reasoning_field: Literal["upstream", "both"] = "upstream"
+
+
+class KeyConfig(KeyTraits):
+    """One API key of the file. The secret itself never stands in it."""
+
+    id: str = Field(pattern=r"^\S{1,64}$")
+    secret_env: Variable | None = None
+    secret_sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
 
     @model_validator(mode="after")
     def _has_one_secret(self) -> Self:
@@ -232,7 +239,7 @@ class LimitConfig(Section):
 
     @model_validator(mode="after")
     def _window_fits_unit(self) -> Self:
-        if not SCOPE.match(self.scope):
+        if not SCOPE.fullmatch(self.scope):
             raise ValueError("scope must be org:, team:, user:, key:, model: or tag: and a name")
         if (self.unit == "concurrency") != (self.window is None):
             raise ValueError("concurrency has no `window`; every other unit needs one")
@@ -244,23 +251,29 @@ class LimitConfig(Section):
 
 
 class StoreConfig(Section):
-    """Where budgets live."""
+    """Where budgets, and keys and limits made through the admin API, live."""
 
     kind: Literal["memory", "sqlite", "redis"] = "memory"
     path: str | None = None
     url: str | None = None
 
-    @field_validator("kind")
+    @model_validator(mode="before")
     @classmethod
-    def _only_memory_is_built(cls, kind: str) -> str:
-        if kind != "memory":
-            raise ValueError(f"the {kind} store is not built yet: use `memory` (budgets end with the process)")
-        return kind
+    def _sqlite_has_a_file(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("kind") == "sqlite" and values.get("path") is None:
+            return {**values, "path": "thinkgate.db"}
+        return values
 
     @model_validator(mode="after")
     def _address_fits(self) -> Self:
-        if self.path is not None or self.url is not None:
-            raise ValueError("the memory store takes neither `path` nor `url`")
+        if self.kind == "memory" and (self.path is not None or self.url is not None):
+            raise ValueError("the memory store takes neither `path` nor `url`: name its `kind`, sqlite or redis")
+        if self.kind == "sqlite" and self.url is not None:
+            raise ValueError("the sqlite store takes a `path`, no `url`")
+        if self.kind == "redis" and self.path is not None:
+            raise ValueError("the redis store takes a `url`, no `path`")
+        if self.kind == "redis" and not (self.url or "").startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("the redis store needs `url`, such as redis://127.0.0.1:6379/0")
         return self
 
 
@@ -316,22 +329,27 @@ class Config(Section):
 
     def _limit_problems(self) -> list[str]:
         problems = []
-        known = {"model": list(self.models), "key": [key.id for key in self.keys] or ["anyone"]}
-        unpriced = [name for name, model in self.models.items() if model.price_usd_per_mtok is None]
+        keys = [key.id for key in self.keys] or ["anyone"]
         seen: dict[tuple[str, str, str | None], int] = {}
         for i, limit in enumerate(self.limits):
-            kind, _, name = limit.scope.partition(":")
-            if name not in known.get(kind, [name]):
-                problems.append(f"limits[{i}].scope: {name!r} is not under `{kind}s` ({', '.join(known[kind])})")
             first = seen.setdefault((limit.scope, limit.unit, limit.window), i)
             if first != i:
                 problems.append(f"limits[{i}]: limits {limit.scope} as limits[{first}] does already: keep one of them")
-            reached = [name] if kind == "model" else list(self.models)
-            without = [model for model in reached if model in unpriced]
-            if limit.unit == "usd" and without:
-                problems.append(
-                    f"limits[{i}]: a usd limit needs models.{without[0]}.price_usd_per_mtok, or it could not be held"
-                )
+            problems += [f"limits[{i}]{field}: {text}" for field, text in self.problems_of(limit, keys)]
+        return problems
+
+    def problems_of(self, limit: LimitConfig, keys: Collection[str]) -> list[tuple[str, str]]:
+        """Why a limit cannot be held under this configuration, as (`.field`, text); `keys` are the ids there are."""
+        problems = []
+        kind, _, name = limit.scope.partition(":")
+        known = {"model": list(self.models), "key": keys}
+        if name not in known.get(kind, [name]):
+            problems.append((".scope", f"{name!r} is not under `{kind}s` ({', '.join(known[kind])})"))
+        reached = [name] if kind == "model" else list(self.models)
+        without = [m for m in reached if m in self.models and self.models[m].price_usd_per_mtok is None]
+        if limit.unit == "usd" and without:
+            text = f"a usd limit needs models.{without[0]}.price_usd_per_mtok, or it could not be held"
+            problems.append(("", text))
         return problems
 
     def _server_problems(self) -> list[str]:
@@ -348,12 +366,16 @@ class Config(Section):
             problems.append(
                 f"server.metrics.port: {metrics.port} is server.port too: give it another, or null for none"
             )
-        if not self.keys and self.server.host not in LOOPBACK_HOSTS:
+        if not self.keys and self.store.kind == "memory" and not self.may_be_open():
             problems.append(
                 f"server.host: {self.server.host!r} would answer anyone, since no `keys` are configured: "
                 "add keys or bind 127.0.0.1"
             )
         return problems
+
+    def may_be_open(self) -> bool:
+        """Whether anybody is served as long as there is no key at all."""
+        return not self.keys and self.server.host in LOOPBACK_HOSTS
 
     def not_built_yet(self) -> list[str]:
         """Keys that validate but have no effect in this version; said at the start and by `check`."""
@@ -365,7 +387,7 @@ class Config(Section):
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
         inert += [
             f"limits[{i}].scope ({limit.scope} has no key)"
-            for i, limit in enumerate(self.limits)
+            for i, limit in enumerate(self.limits if self.store.kind == "memory" else ())  # a store may have its keys
             if limit.scope not in owned and not limit.scope.startswith(("key:", "model:"))
         ]
         inert += ["search.scorers"] if self.search.scorers else []

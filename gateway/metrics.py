@@ -116,6 +116,9 @@ class Metrics(Collector):
         )
         self.reloads = CounterCells("thinkgate_config_reloads", "Configuration reloads.", ("outcome",))
         self.reload_failed = False
+        self.store_failures = CounterCells("thinkgate_store_failures", "Failed readings of stored keys and limits.", ())
+        self.store_failures.add(by=0)
+        self.store_stale = False
         mode = ("model", "mode")
         self._seconds = HistogramCells("thinkgate_request_seconds", "Arrival to end of answer.", mode, SECONDS)
         self._first = HistogramCells("thinkgate_first_byte_seconds", "Arrival to first byte.", mode, SECONDS)
@@ -193,6 +196,11 @@ class Metrics(Collector):
         yield GaugeMetricFamily("thinkgate_inflight_requests", "Requests being served.", value=self._in_flight())
         yield GaugeMetricFamily(
             "thinkgate_config_reload_failed", "1 while the newest configuration was refused.", value=self.reload_failed
+        )
+        yield GaugeMetricFamily(
+            "thinkgate_store_stale",
+            "1 while stored keys and limits are the last that were read.",
+            value=self.store_stale,
         )
         yield from self._backends()
 

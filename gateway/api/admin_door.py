@@ -1,0 +1,120 @@
+"""The door of the admin API.
+
+Owns: who is let in, before anything of a request's body is read; how large that may be; and what every error becomes.
+Does not own: the routes (admin.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+
+from budget.errors import RecordsUnreachable
+from gateway.complaint import invalid_model
+from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest, RequestTooLarge, StoreUnavailable
+
+if TYPE_CHECKING:
+    from gateway.admins import Actor
+    from gateway.api.admin import Admin
+    from gateway.app import Gateway
+
+log = logging.getLogger("thinkgate.admin")
+REQUEST_ID, ACTOR = "thinkgate.request_id", "thinkgate.actor"  # in an ASGI scope
+MOST_BODY_BYTES = 65_536
+Answer = TypeVar("Answer")
+
+
+class AdminRoute(APIRoute):
+    """A route that lets in admins only, and answers errors as every other route does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, behind the door."""
+        handler = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            gateway: Gateway = request.app
+            authorization = request.headers.get("authorization")
+            request.scope[ACTOR] = gateway.admin.tokens.identify(
+                None if authorization is None else authorization.encode("latin-1"),
+                address="" if request.client is None else request.client.host,
+                request_id=request.scope.get(REQUEST_ID, ""),
+            )
+            if request.query_params and not self.dependant.query_params:
+                name = next(iter(request.query_params))
+                raise InvalidRequest(f"`{name}` is not a known parameter.", param=name, code="unknown_parameter")
+            body = await _body(request, gateway.serving.config.server.timeouts.body_s)
+            await _mapped(gateway.stored.refresh())  # what another replica has just changed is known, too
+            response = await _mapped(handler(_as_json(request, body)))
+            response.headers["cache-control"] = "no-store"
+            return response
+
+        return guarded
+
+
+async def _body(request: Request, patience_s: float) -> bytes:
+    """The whole body. Raises: RequestTooLarge, DeadlinePassed, InvalidRequest."""
+    body = b""
+    try:
+        async with asyncio.timeout(patience_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MOST_BODY_BYTES:
+                    raise RequestTooLarge(f"The body is larger than {MOST_BODY_BYTES} bytes.")
+    except TimeoutError as exc:
+        raise DeadlinePassed(f"The body did not arrive within {patience_s:g} seconds.") from exc
+    except ClientDisconnect as exc:
+        raise InvalidRequest("The body broke off.") from exc
+    return body
+
+
+def _as_json(request: Request, body: bytes) -> Request:
+    """The request with its body read, which is JSON whatever its content type says: as on every other route."""
+    headers = [header for header in request.scope["headers"] if header[0] != b"content-type"]
+    scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return Request(scope, receive)
+
+
+async def _mapped(work: Awaitable[Answer]) -> Answer:
+    """Raises: GatewayError for whatever goes wrong."""
+    try:
+        return await work
+    except GatewayError:
+        raise
+    except RecordsUnreachable as exc:
+        raise StoreUnavailable(f"The store of keys and limits cannot be reached: {exc}.") from exc
+    except RequestValidationError as exc:
+        raise _invalid(exc) from exc
+    except HTTPException as exc:
+        raise InvalidRequest("The body is not JSON.", code="invalid_json") from exc
+    except Exception as exc:  # a bug of ours: the client still gets an error in the usual form
+        log.exception("admin request failed")
+        raise GatewayError("The gateway failed; its log says why.") from exc
+
+
+def _invalid(exc: RequestValidationError) -> InvalidRequest:
+    errors = exc.errors()
+    if errors[0]["type"] == "json_invalid":
+        return InvalidRequest("The body is not JSON.", code="invalid_json")
+    return invalid_model(errors, skip=1)
+
+
+def asked(request: Request) -> tuple[Actor, Admin]:
+    """Who asks, and what for."""
+    gateway: Gateway = request.app
+    return request.scope[ACTOR], gateway.admin
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers these beside the errors that every route of the admin API has."""
+    return {status: {} for status in statuses}
