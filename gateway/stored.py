@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
+from pydantic import ValidationError
 
 from budget.errors import Conflict, RecordsUnreachable
 from budget.records.port import Note, Record, Records
@@ -186,7 +187,10 @@ class Stored:
         """
         for _ in range(ATTEMPTS):
             record = await self.records.get(name)
-            kept, note = decide(None if record is None else decode(record.value, type_))
+            try:
+                kept, note = decide(None if record is None else decode(record.value, type_))
+            except (msgspec.MsgspecError, ValidationError) as exc:
+                raise ConflictingChange("Another version of thinkgate wrote this entry: change it with that.") from exc
             if note is None:
                 return kept
             try:

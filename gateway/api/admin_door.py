@@ -11,7 +11,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import HTTPException, Request, Response
+import msgspec
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from budget.errors import RecordsUnreachable
 from gateway.complaint import invalid_model
 from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest, RequestTooLarge, StoreUnavailable
+from gateway.request import check_text
 
 if TYPE_CHECKING:
     from gateway.admins import Actor
@@ -50,6 +52,7 @@ class AdminRoute(APIRoute):
                 name = next(iter(request.query_params))
                 raise InvalidRequest(f"`{name}` is not a known parameter.", param=name, code="unknown_parameter")
             body = await _body(request, gateway.serving.config.server.timeouts.body_s)
+            _check_json(body)
             await _mapped(gateway.stored.refresh())  # what another replica has just changed is known, too
             response = await _mapped(handler(_as_json(request, body)))
             response.headers["cache-control"] = "no-store"
@@ -74,6 +77,17 @@ async def _body(request: Request, patience_s: float) -> bytes:
     return body
 
 
+def _check_json(body: bytes) -> None:
+    """Raises: InvalidRequest for what Python's own decoder refuses, or takes though it is no JSON."""
+    if not body:
+        return
+    check_text(body)
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
 def _as_json(request: Request, body: bytes) -> Request:
     """The request with its body read, which is JSON whatever its content type says: as on every other route."""
     headers = [header for header in request.scope["headers"] if header[0] != b"content-type"]
@@ -94,19 +108,10 @@ async def _mapped(work: Awaitable[Answer]) -> Answer:
     except RecordsUnreachable as exc:
         raise StoreUnavailable(f"The store of keys and limits cannot be reached: {exc}.") from exc
     except RequestValidationError as exc:
-        raise _invalid(exc) from exc
-    except HTTPException as exc:
-        raise InvalidRequest("The body is not JSON.", code="invalid_json") from exc
+        raise invalid_model(exc.errors(), skip=1) from exc
     except Exception as exc:  # a bug of ours: the client still gets an error in the usual form
         log.exception("admin request failed")
         raise GatewayError("The gateway failed; its log says why.") from exc
-
-
-def _invalid(exc: RequestValidationError) -> InvalidRequest:
-    errors = exc.errors()
-    if errors[0]["type"] == "json_invalid":
-        return InvalidRequest("The body is not JSON.", code="invalid_json")
-    return invalid_model(errors, skip=1)
 
 
 def asked(request: Request) -> tuple[Actor, Admin]:

@@ -14,7 +14,9 @@ import pytest
 import gateway
 from gateway.backends.http import UpstreamUnreachable
 from gateway.errors import (
+    ConflictingChange,
     DeadlinePassed,
+    EntryNotFound,
     GatewayError,
     HeadTooLarge,
     InvalidRequest,
@@ -25,6 +27,7 @@ from gateway.errors import (
     PermissionDenied,
     RequestTooLarge,
     RouteNotFound,
+    StoreUnavailable,
     Unauthenticated,
     UpstreamError,
     UpstreamRejected,
@@ -43,6 +46,9 @@ TABLE: list[tuple[GatewayError, int, str, str | None, dict[str, str]]] = [
     (HeadTooLarge("x"), 431, "invalid_request_error", "headers_too_large", {}),
     (RequestTooLarge("x"), 413, "invalid_request_error", "request_too_large", {}),
     (ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", {}),
+    (EntryNotFound("x"), 404, "invalid_request_error", "not_found", {}),
+    (ConflictingChange("x"), 409, "invalid_request_error", "conflict", NO_RETRY),
+    (StoreUnavailable("x", retry_after_s=1.5), 503, "service_unavailable_error", "store_unavailable", SOON),
     (RouteNotFound("x"), 404, "invalid_request_error", "unknown_url", {}),
     (RouteNotFound("x", code="not_built"), 404, "invalid_request_error", "not_built", {}),
     (MethodNotAllowed("x", allow="POST"), 405, "invalid_request_error", "method_not_allowed", {"allow": "POST"}),
