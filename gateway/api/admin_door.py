@@ -48,9 +48,7 @@ class AdminRoute(APIRoute):
                 address="" if request.client is None else request.client.host,
                 request_id=request.scope.get(REQUEST_ID, ""),
             )
-            if request.query_params and not self.dependant.query_params:
-                name = next(iter(request.query_params))
-                raise InvalidRequest(f"`{name}` is not a known parameter.", param=name, code="unknown_parameter")
+            _check_query(request, has_parameters=bool(self.dependant.query_params))
             body = await _body(request, gateway.serving.config.server.timeouts.body_s)
             _check_json(body)
             await _mapped(gateway.stored.refresh())  # what another replica has just changed is known, too
@@ -59,6 +57,16 @@ class AdminRoute(APIRoute):
             return response
 
         return guarded
+
+
+def _check_query(request: Request, *, has_parameters: bool) -> None:
+    """Raises: InvalidRequest for what FastAPI would pass over: parameters of a route without any, and said twice."""
+    said = [name for name, _ in request.query_params.multi_items()]
+    if said and not has_parameters:
+        raise InvalidRequest(f"`{said[0]}` is not a known parameter.", param=said[0], code="unknown_parameter")
+    twice = next((name for name in said if said.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"`{twice}` stands twice.", param=twice)
 
 
 async def _body(request: Request, patience_s: float) -> bytes:

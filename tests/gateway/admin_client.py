@@ -48,6 +48,13 @@ class ReportingLedger(MemoryLedger):
         )
 
 
+def reporting_ledger() -> ReportingLedger:
+    """One without limits that has nothing to tell."""
+    ledger = ReportingLedger(clock=lambda: NOON)
+    ledger.rows, ledger.asked = [], []
+    return ledger
+
+
 @dataclass
 class Admin:
     """Who uses the API.
@@ -99,8 +106,7 @@ def admin_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Admin]
     monkeypatch.delenv("THINKGATE_KEY_HASH_SECRET", raising=False)
     gateway, lines = gateway_of(config)
     gateway.stored.clock = lambda: NOON
-    ledger = ReportingLedger(clock=gateway.stored.clock)
-    ledger.rows, ledger.asked = [], []
+    ledger = reporting_ledger()
     ledger.set_limits(gateway.admin.limits.in_force(config))
     gateway.ledger = ledger
     try:

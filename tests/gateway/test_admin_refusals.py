@@ -70,6 +70,7 @@ FLAWED: list[tuple[str, str, Json | bytes, str | None, str]] = [
     ("GET", "/usage?from=2024-01-01&to=2026-01-01", b"", "from", "invalid_value"),
     ("GET", "/usage?group_by=day,week", b"", "group_by", "invalid_value"),
     ("GET", "/usage?group_by=", b"", "group_by", "invalid_value"),
+    ("GET", "/limits?scope=team:a&scope=team:b", b"", "scope", "invalid_value"),
     ("GET", "/usage?format=xml", b"", "format", "invalid_value"),
 ]
 
