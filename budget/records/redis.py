@@ -182,7 +182,7 @@ def _mapped() -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError, TimeoutError) as exc:
-        raise RecordsUnreachable(f"the store failed: {str(exc) or type(exc).__name__}") from exc
+        raise RecordsUnreachable(str(exc).rstrip(".") or type(exc).__name__) from exc
 
 
 def _record(fields: Sequence[bytes | str | None]) -> Record | None:

@@ -114,7 +114,8 @@ async def _mapped(work: Awaitable[Answer]) -> Answer:
     except GatewayError:
         raise
     except RecordsUnreachable as exc:
-        raise StoreUnavailable(f"The store of keys and limits cannot be reached: {exc}.") from exc
+        log.warning("store cannot be reached", extra={"reason": str(exc)})
+        raise StoreUnavailable("The store of keys and limits cannot be reached: try again; the log says why.") from exc
     except RequestValidationError as exc:
         raise invalid_model(exc.errors(), skip=1) from exc
     except Exception as exc:  # a bug of ours: the client still gets an error in the usual form
