@@ -227,7 +227,8 @@ def _check(db: sqlite3.Connection, key: str, expect: int | None, now: float) -> 
 def _count(db: sqlite3.Connection, *, is_lasting: bool) -> int:
     """The next version."""
     (version,) = db.execute(
-        "UPDATE counters SET sequence = sequence + 1, revision = iif(?, sequence + 1, revision) RETURNING sequence",
+        "UPDATE counters SET sequence = sequence + 1,"
+        " revision = CASE WHEN ? THEN sequence + 1 ELSE revision END RETURNING sequence",
         (is_lasting,),
     ).fetchone()
     return int(version)

@@ -15,7 +15,6 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from starlette.requests import ClientDisconnect
 
 from budget.errors import RecordsUnreachable
 from gateway.complaint import invalid_model
@@ -71,17 +70,19 @@ def _check_query(request: Request, *, has_parameters: bool) -> None:
 
 async def _body(request: Request, patience_s: float) -> bytes:
     """The whole body. Raises: RequestTooLarge, DeadlinePassed, InvalidRequest."""
-    body = b""
+    body, has_more = b"", True
     try:
         async with asyncio.timeout(patience_s):
-            async for piece in request.stream():
-                body += piece
+            while has_more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise InvalidRequest("The body broke off.")
+                body += message.get("body", b"")
+                has_more = message.get("more_body", False)
                 if len(body) > MOST_BODY_BYTES:
                     raise RequestTooLarge(f"The body is larger than {MOST_BODY_BYTES} bytes.")
     except TimeoutError as exc:
         raise DeadlinePassed(f"The body did not arrive within {patience_s:g} seconds.") from exc
-    except ClientDisconnect as exc:
-        raise InvalidRequest("The body broke off.") from exc
     return body
 
 

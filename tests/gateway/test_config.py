@@ -331,6 +331,21 @@ def test_anyone_may_be_limited() -> None:
     ]
 
 
+def test_a_store_may_have_the_keys() -> None:
+    """With a store beside memory, a gateway without keys may bind any address: it then refuses everybody."""
+    for store in ({"kind": "sqlite"}, {"kind": "redis", "url": "redis://127.0.0.1:6379/0"}):
+        assert not config(("server.host", "0.0.0.0"), ("store", store)).may_be_open()
+        assert config(("store", store)).may_be_open()
+        assert not config(("store", store), ("keys", [key()])).may_be_open()
+        assert config(("store", store), ("limits", [limit(scope="team:ml")])).not_built_yet() == []
+
+
+def test_sqlite_has_a_file_by_itself() -> None:
+    """Without `path` it is thinkgate.db."""
+    assert config(("store", {"kind": "sqlite"})).store.path == "thinkgate.db"
+    assert config(("store", {"kind": "sqlite", "path": "x.db"})).store.path == "x.db"
+
+
 def test_what_has_no_effect_is_listed() -> None:
     """Keys that validate but do nothing yet, and limits on owners that no key has, are said at the start."""
     inert = config(

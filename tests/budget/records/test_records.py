@@ -139,6 +139,17 @@ async def test_scan_gives_only_what_changed_after_a_version(store: Store) -> Non
     assert await store.records.scan("k/", after=known) == [("k/a", Record(b"2", changed)), ("k/b", Record(b"1", added))]
 
 
+async def test_scan_follows_what_begins_and_ceases_to_last(store: Store) -> None:
+    """A record that is given a time to live, or is deleted, is no longer scanned; one that loses it is."""
+    await store.records.put("k/ceases", b"1")
+    await store.records.put("k/ceases", b"2", ttl_s=600)
+    await store.records.put("k/begins", b"1", ttl_s=600)
+    await store.records.put("k/begins", b"2")
+    await store.records.put("k/deleted", b"1")
+    await store.records.delete("k/deleted")
+    assert [key for key, _ in await store.records.scan("k/")] == ["k/begins"]
+
+
 async def test_scan_reads_many(store: Store) -> None:
     """More records than are fetched at a time come all, once."""
     await asyncio.gather(*(store.records.put(f"k/{number:04}", b"%d" % number) for number in range(1100)))
