@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, overload
 import msgspec
 
 ROOT = "admin/"
-HASHER = f"{ROOT}hasher"
+HASHER = f"{ROOT}hasher"  # before all others, in this order, too
 KEYS, LIMITS, TOKENS = f"{ROOT}key/", f"{ROOT}limit/", f"{ROOT}token/"
 AUDIT = "audit"
 Role = Literal["admin", "viewer", "scope-admin"]

@@ -46,7 +46,7 @@ POLL_S = 0.5  # so that a change is known everywhere within a second
 WHOLE_EVERY = 600  # polls: mends what a store that lost writes, and went on, no longer tells
 PURGE_EVERY = 120  # polls
 ATTEMPTS = 8  # of one change, where others change the same
-TAKEN_AT_ONCE = 500  # so that reading many keys never holds up requests for long
+TAKEN_AT_ONCE = 100  # so that reading many keys never holds up requests for long
 
 Owner = TypeVar("Owner")
 
@@ -131,6 +131,7 @@ class Stored:
         self._known: dict[str, tuple[int, int]] = {}  # what an entry was read from, by its name
         self._revision = 0
         self._is_away = self._had_a_key = self._is_hasher_noted = False
+        self._are_limits_told = True
         self._reading = asyncio.Lock()
 
     def key_of(self, secret: bytes) -> Key | None:
@@ -251,24 +252,26 @@ class Stored:
             self._on_read(True)
 
     async def _take(self, rows: list[tuple[str, Record]], *, whole: bool) -> None:
-        read = {name: (record.version, hash(record.value)) for name, record in rows}
-        gone = self._known.keys() - read.keys() if whole else ()
-        # How secrets are hashed first: whether others can be used depends on it.
-        changed = sorted((row for row in rows if self._known.get(row[0]) != read[row[0]]), key=_is_no_hasher)
-        for name in gone:
-            self._forget(name)
-        for i, (name, record) in enumerate(changed):
+        """Know what was read; rows come by name, so how secrets are hashed is known before any of them."""
+        if whole:
+            for name in self._known.keys() - {name for name, _ in rows}:
+                self._forget(name)
+        for i, (name, record) in enumerate(rows):
             if i % TAKEN_AT_ONCE == TAKEN_AT_ONCE - 1:
                 await asyncio.sleep(0)
+            read = record.version, hash(record.value)
+            if self._known.get(name) == read:
+                continue
             self._forget(name)
-            self._known[name] = read[name]
+            self._known[name] = read
             try:
                 self._know(name, record.value)
             except (msgspec.MsgspecError, ValueError) as exc:
                 # Of a newer version, perhaps: what is not understood restricts, so it is not used in part.
                 log.error("entry of the store cannot be used", extra={"entry": name, "reason": str(exc)})  # noqa: TRY400
-        if any(name.startswith(LIMITS) for name in (*gone, *(name for name, _ in changed))):
+        if not self._are_limits_told:
             self._on_limits()
+            self._are_limits_told = True
 
     def _know(self, name: str, value: bytes) -> None:
         """Raises: MsgspecError, ValueError for what is not understood."""
@@ -315,12 +318,9 @@ class Stored:
             for secret in stored.kept.secrets if stored else ():
                 self._key_secrets.remove(secret)
         elif name.startswith(LIMITS):
+            self._are_limits_told = False
             self.limits.pop(name, None)
         elif name.startswith(TOKENS):
             token = self.tokens.pop(name.removeprefix(TOKENS), None)
             if token is not None:
                 self._token_secrets.remove(token.secret)
-
-
-def _is_no_hasher(row: tuple[str, Record]) -> bool:
-    return row[0] != HASHER

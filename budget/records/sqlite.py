@@ -93,11 +93,12 @@ class SqliteRecords:
 
         def read(db: sqlite3.Connection) -> list[tuple[str, Record]]:
             rows = db.execute(
-                "SELECT key, value, version FROM records WHERE ends_at IS NULL AND version > ?"
-                " AND substr(key, 1, length(?2)) = ?2 ORDER BY key",
+                "SELECT key, value, version FROM records WHERE ends_at IS NULL AND version > ?1"
+                " AND substr(key, 1, length(?2)) = ?2",
                 (after, prefix),
             )
-            return [(key, Record(value, version)) for key, value, version in rows]
+            # Sorted here: to have them in order, SQLite would read all instead of those after that version.
+            return sorted((key, Record(value, version)) for key, value, version in rows)
 
         return await self._run(read)
 

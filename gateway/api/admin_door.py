@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from budget.errors import RecordsUnreachable
+from budget.errors import BudgetError
 from gateway.complaint import invalid_model
 from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest, RequestTooLarge, StoreUnavailable
 from gateway.request import check_text
@@ -114,9 +114,9 @@ async def _mapped(work: Awaitable[Answer]) -> Answer:
         return await work
     except GatewayError:
         raise
-    except RecordsUnreachable as exc:
+    except BudgetError as exc:  # of the records or of the ledger: what their callers can mend, they have
         log.warning("store cannot be reached", extra={"reason": str(exc)})
-        raise StoreUnavailable("The store of keys and limits cannot be reached: try again; the log says why.") from exc
+        raise StoreUnavailable("The store cannot be reached: try again; the log says why.") from exc
     except RequestValidationError as exc:
         raise invalid_model(exc.errors(), skip=1) from exc
     except Exception as exc:  # a bug of ours: the client still gets an error in the usual form

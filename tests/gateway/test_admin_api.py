@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from budget.errors import RecordsUnreachable
+from budget.errors import BudgetError, RecordsUnreachable
 from budget.ledger import UsageRow
 from gateway.api.admin import routes
 from gateway.api.admin_door import MOST_BODY_BYTES
@@ -314,6 +314,18 @@ async def test_ledger_says_how_it_is(admin: Admin) -> None:
         "held": {"tokens": 5, "thinking_tokens": 0, "nano_usd": 7},
         "detail": "fine",
     }
+
+
+async def test_a_ledger_that_is_away_is_a_503(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usage that cannot be read is said as any store that cannot be reached; why is for the log."""
+
+    async def away(*_: Any) -> Any:
+        raise BudgetError("redis://10.0.0.5 does not answer")
+
+    monkeypatch.setattr(admin.ledger, "usage", away)
+    answer = await admin.ask("GET", "/usage")
+    assert (answer.status, answer.error["code"]) == (503, "store_unavailable")
+    assert "10.0.0.5" not in answer.error["message"]
 
 
 async def test_audit_log_comes_in_pages(admin: Admin) -> None:

@@ -96,6 +96,22 @@ async def test_limits_are_told_when_they_change() -> None:
     assert there.limits.in_force(there.config) == []
 
 
+async def test_limits_that_could_not_be_told_are_told_again() -> None:
+    """Where the ledger fails to take changed limits, it is given them again when the store is next read."""
+    here, there = replicas(2)
+    await here.limits.put(ROOT, LIMIT)
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    tell, there.stored._on_limits = there.stored._on_limits, broken
+    with pytest.raises(ZeroDivisionError):
+        await there.stored.refresh()
+    there.stored._on_limits = tell
+    await there.stored.refresh()
+    assert there.limit_changes == 1
+
+
 async def test_last_known_goes_on_while_the_store_is_away(caplog: pytest.LogCaptureFixture) -> None:
     """Keys and limits stay in force, the log says so once, each failure is told, and afterwards all is read again."""
     one = replica()
