@@ -39,14 +39,19 @@ class SecretEntry(Section):
     valid_until: datetime | None
 
 
-class KeyEntry(KeyTraits):
+class Named(Section):
+    """What has an id; a base of its own, so that the id is shown first."""
+
+    id: str
+
+
+class KeyEntry(KeyTraits, Named):
     """A key as it is shown: everything but its secrets.
 
     `status`: `shadowed`, the file has a key of the same id, which wins; `unusable`, its secrets were hashed with
     another hash secret, so rotate it.
     """
 
-    id: str
     source: Literal["file", "store"]
     status: Literal["active", "revoked", "expired", "shadowed", "unusable"]
     created_at: datetime | None = None
