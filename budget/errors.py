@@ -1,13 +1,18 @@
 """What can go wrong with a budget.
 
 BudgetError
-├── HoldRefused      a limit has no room for the hold; says which, and when to try again
-└── EnvelopeSpent    a request used up its own tokens, dollars or seconds
+├── HoldRefused        a limit has no room for the hold; says which, and when to try again
+├── StoreUnreachable   the ledger's store does not answer, so nothing can be held
+└── EnvelopeSpent      a request used up its own tokens, dollars or seconds
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from budget.ledger import Standing
 
 Refusal = Literal["rate", "budget_spent", "budget_held"]
 
@@ -24,7 +29,10 @@ class HoldRefused(BudgetError):
         unit: what is short there.
         kind: `rate` for windows up to a minute and for concurrency; else `budget_spent` or `budget_held`.
         retry_after_s: when a retry may succeed; None if it never will.
+        standings: of all limits of the hold, for the headers of the answer, where the ledger knows them.
     """
+
+    standings: Sequence[Standing] = ()
 
     def __init__(self, message: str, *, scope: str, unit: str, kind: Refusal, retry_after_s: float | None) -> None:
         super().__init__(message)
@@ -32,6 +40,10 @@ class HoldRefused(BudgetError):
         self.unit = unit
         self.kind = kind
         self.retry_after_s = retry_after_s
+
+
+class StoreUnreachable(BudgetError):
+    """The ledger's store does not answer, or not in time; nothing was held."""
 
 
 class EnvelopeSpent(BudgetError):

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 from fastapi import FastAPI
 
 from budget.ledger import Limit
-from budget.memory import MemoryLedger
+from budget.ledgers.memory import MemoryLedger
 from budget.price import nano_usd
 from gateway import __version__
 from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found

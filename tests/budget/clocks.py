@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 
 from budget.ledger import Amounts, Limit, Unit, Window
-from budget.memory import MemoryLedger
+from budget.ledgers.memory import MemoryLedger
 
 TEN = Amounts(tokens=10)
 

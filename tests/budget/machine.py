@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from budget.errors import HoldRefused
 from budget.ledger import Amounts, Limit, Unit, Window
-from budget.memory import MemoryHold, MemoryLedger
+from budget.ledgers.memory import MemoryHold, MemoryLedger
 
 T = TypeVar("T")
 NEW_YEAR_2024 = dt.datetime(2024, 1, 1, tzinfo=dt.UTC).timestamp()

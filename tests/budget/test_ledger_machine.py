@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from budget.ledger import Amounts, Limit
-from budget.memory import MemoryLedger
+from budget.ledgers.memory import MemoryLedger
 from tests.budget.machine import LedgerMachine
 
 MANY = settings(max_examples=80, stateful_step_count=25, deadline=None)

@@ -1,0 +1,319 @@
+"""The ledger in memory: the reference for the others. Budgets end with the process.
+
+Every operation is synchronous and O(limits of the request's scopes), so holds of one event loop never
+interleave. Time comes from the `clock` passed in, as seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from budget.books import (
+    RATES,
+    arrival_after_hold,
+    arrival_after_settling,
+    present_window,
+    rate_standing,
+    refusal,
+    tightest,
+    window_end,
+)
+from budget.ledger import Amounts, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Window
+
+NOTHING = Amounts()
+KEPT_WINDOWS = 3  # of one account: the present one, and those that late holds may still settle in
+KEPT_DAYS = 400  # of usage
+
+
+class Books:
+    """What one calendar window of one limit has settled and holds."""
+
+    __slots__ = ("debt", "end_s", "held", "settled", "start_s")
+
+    def __init__(self, start_s: int, end_s: float) -> None:
+        self.start_s = start_s
+        self.end_s = end_s
+        self.settled = self.held = self.debt = 0
+
+
+class CalendarAccount:
+    """A limit per hour or longer, or on concurrency: books per window."""
+
+    __slots__ = ("books", "limit", "present", "unit")
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.unit = limit.unit
+        self.present = Books(0, 0.0 if limit.window is not None else float("inf"))
+        self.books = {0: self.present}
+
+    def turn(self, now_s: float) -> Books:
+        """The books of the present window."""
+        present = self.present
+        if present.start_s <= now_s < present.end_s:
+            return present
+        window = self.limit.window
+        start_s = present_window(window, now_s, max(self.books))
+        if start_s not in self.books:
+            self.books[start_s] = Books(start_s, window_end(window, start_s))
+            for old in sorted(self.books)[:-KEPT_WINDOWS]:
+                if not self.books[old].held:
+                    del self.books[old]
+        self.present = self.books[start_s]
+        return self.present
+
+    def free(self, books: Books, now_s: float) -> int:
+        """Room for another hold; debt gives none, so an overrun is paid back by later requests."""
+        return self.limit.amount - books.settled - books.held
+
+    def standing(self, now_s: float, need: int = 0) -> Standing:
+        """What is left, and until when."""
+        books = self.turn(now_s)
+        return Standing(self.limit, self.free(books, now_s), books.settled, max(0.0, books.end_s - now_s))
+
+    def take(self, books: Books, now_s: float, need: int) -> None:
+        """Hold."""
+        books.held += need
+
+    def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
+        """Replace a hold by its use; an overrun becomes debt."""
+        books.held -= held
+        if self.unit != "concurrency":
+            books.settled += used
+            if used > held:
+                books.debt += used - held
+
+
+class RateAccount:
+    """A limit per second or minute: a bucket that refills continuously."""
+
+    __slots__ = ("_books", "arrival_us", "limit", "unit")
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.unit = limit.unit
+        self.arrival_us = 0
+        self._books = Books(0, float("inf"))
+
+    def turn(self, now_s: float) -> Books:
+        """A rate has no windows: always the same books, and nothing in them."""
+        return self._books
+
+    def free(self, books: Books, now_s: float) -> int:
+        """What the bucket holds."""
+        return rate_standing(self.limit, self.arrival_us, int(now_s * 1e6)).free
+
+    def standing(self, now_s: float, need: int = 0) -> Standing:
+        """What is left, and until when."""
+        return rate_standing(self.limit, self.arrival_us, int(now_s * 1e6), need)
+
+    def take(self, books: Books, now_s: float, need: int) -> None:
+        """Hold."""
+        self.arrival_us = arrival_after_hold(self.limit, self.arrival_us, int(now_s * 1e6), need)
+
+    def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
+        """Replace a hold by its use."""
+        if held != used:
+            self.arrival_us = arrival_after_settling(self.limit, self.arrival_us, int(now_s * 1e6), held, used)
+
+
+Account = CalendarAccount | RateAccount
+
+
+def account_of(limit: Limit) -> Account:
+    """An account for a new limit."""
+    return RateAccount(limit) if limit.window in RATES else CalendarAccount(limit)
+
+
+class MemoryHold:
+    """See budget.ledger.Hold."""
+
+    __slots__ = ("_accounts", "_books", "_day", "_is_open", "_ledger", "_mode", "_scopes", "_used", "ceiling")
+
+    def __init__(self, ledger: MemoryLedger, scopes: Sequence[str], ceiling: Amounts, mode: str) -> None:
+        self._ledger = ledger
+        self._scopes = scopes
+        self._mode = mode
+        self._accounts: list[Account] = []
+        self._books: list[Books] = []
+        self._used = NOTHING
+        self._is_open = False
+        self.ceiling = ceiling
+
+    async def __aenter__(self) -> Self:
+        """Take the hold. Raises: HoldRefused; then nothing is held anywhere."""
+        ledger = self._ledger
+        self._accounts = ledger.accounts(self._scopes)
+        self._books = ledger.take(self._accounts, self.ceiling)
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Settle what was last reported, once."""
+        if self._is_open:
+            self._is_open = False
+            self._ledger.settle(self._accounts, self._books, self.ceiling, self._used)
+            self._ledger.enter_usage(self._scopes, self._mode, self._used)
+
+    async def extend(self, more: Amounts) -> None:
+        """Hold `more` besides. Raises: HoldRefused; then the hold is as it was."""
+        assert self._is_open, "only a hold that was taken can be extended"
+        self._ledger.extend(self._accounts, self._books, more)
+        self.ceiling = self.ceiling.plus(more)
+
+    def report(self, used: Amounts) -> None:
+        """Say what was used so far."""
+        self._used = used
+
+    def remaining(self, unit: Unit) -> Remaining | None:
+        """The tightest limit of `unit` over the hold's scopes."""
+        least: Standing | None = None
+        for account in self._accounts:
+            if account.unit == unit:
+                standing = account.standing(self._ledger.clock())
+                if least is None or standing.free < least.free:
+                    least = standing
+        return None if least is None else least.remaining()
+
+
+class MemoryLedger:
+    """See budget.ledger.Ledger."""
+
+    def __init__(self, limits: Sequence[Limit] = (), *, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self._accounts: dict[str, list[Account]] = {}
+        self._holds = self._held_tokens = self._held_thinking = self._held_nano_usd = 0
+        self._usage: dict[int, dict[tuple[tuple[str, ...], str], list[int]]] = {}
+        self.set_limits(limits)
+
+    def set_limits(self, limits: Sequence[Limit]) -> None:
+        """Replace the limits; what is settled and held under an unchanged scope, unit and window stays."""
+        known = {_key(a.limit): a for accounts in self._accounts.values() for a in accounts}
+        self._accounts = {}
+        for key, limit in tightest(limits).items():
+            account = known.get(key) or account_of(limit)
+            account.limit = limit
+            self._accounts.setdefault(limit.scope, []).append(account)
+
+    def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> MemoryHold:
+        """A hold to be entered with `async with`."""
+        return MemoryHold(self, scopes, ceiling, mode)
+
+    def held(self) -> Amounts:
+        """Everything held now."""
+        return Amounts(tokens=self._held_tokens, thinking_tokens=self._held_thinking, nano_usd=self._held_nano_usd)
+
+    async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
+        """What was settled on these days, both included."""
+        first, last = first_day.toordinal(), last_day.toordinal()
+        return [
+            UsageRow(
+                day=dt.date.fromordinal(day),
+                scopes=scopes,
+                mode=mode,
+                requests=row[0],
+                tokens=row[1],
+                thinking_tokens=row[2],
+                nano_usd=row[3],
+            )
+            for day, rows in sorted(self._usage.items())
+            if first <= day <= last
+            for (scopes, mode), row in rows.items()
+        ]
+
+    async def health(self) -> LedgerHealth:
+        """Always well: budgets end with the process."""
+        return LedgerHealth(
+            kind="memory", is_reachable=True, holds=self._holds, held=self.held(), detail="ends with the process"
+        )
+
+    async def run(self) -> None:
+        """There is nothing to sweep: holds end with their process."""
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        """Nothing is pending in memory."""
+
+    def accounts(self, scopes: Sequence[str]) -> list[Account]:
+        """The accounts of `scopes`."""
+        if not self._accounts:
+            return []
+        return [account for scope in scopes for account in self._accounts.get(scope, ())]
+
+    def take(self, accounts: Sequence[Account], ceiling: Amounts) -> list[Books]:
+        """Hold `ceiling` in the present books of every account.
+
+        Raises: HoldRefused for the tightest account that is short; then nothing is held.
+        """
+        if not accounts:
+            self._count(ceiling, 1, 1)
+            return []
+        now_s = self.clock()
+        books = [account.turn(now_s) for account in accounts]
+        self._take(accounts, books, ceiling.by_unit(), now_s)
+        self._count(ceiling, 1, 1)
+        return books
+
+    def extend(self, accounts: Sequence[Account], books: Sequence[Books], more: Amounts) -> None:
+        """Hold `more` in the books that a hold was taken in. Raises: HoldRefused; then nothing changed."""
+        need = more.by_unit()
+        need["requests"] = need["concurrency"] = 0
+        self._take(accounts, books, need, self.clock())
+        self._count(more, 1, 0)
+
+    def _take(self, accounts: Sequence[Account], books: Sequence[Books], need: dict[Unit, int], now_s: float) -> None:
+        short: Standing | None = None
+        for account, page in zip(accounts, books, strict=True):
+            if need[account.unit] > account.free(page, now_s):
+                standing = account.standing(now_s, need[account.unit])
+                if short is None or standing.tightness() < short.tightness():
+                    short = standing
+        if short is not None:
+            raise refusal(short, need[short.limit.unit])
+        for account, page in zip(accounts, books, strict=True):
+            account.take(page, now_s, need[account.unit])
+
+    def settle(self, accounts: Sequence[Account], books: Sequence[Books], ceiling: Amounts, used: Amounts) -> None:
+        """Replace the hold by actual use in the books it was taken in; overrun becomes debt."""
+        self._count(ceiling, -1, -1)
+        if not accounts:
+            return
+        now_s, held, spent = self.clock(), ceiling.by_unit(), used.by_unit()
+        for account, page in zip(accounts, books, strict=True):
+            account.settle(page, now_s, held[account.unit], spent[account.unit])
+
+    def enter_usage(self, scopes: Sequence[str], mode: str, used: Amounts) -> None:
+        """Add a settled request to its day's usage."""
+        day = EPOCH_ORDINAL + int(self.clock() // 86400)
+        rows = self._usage.get(day)
+        if rows is None:
+            rows = self._usage[day] = {}
+            for old in sorted(self._usage)[:-KEPT_DAYS]:
+                del self._usage[old]
+        key = (tuple(scopes), mode)
+        row = rows.get(key)
+        if row is None:
+            row = rows[key] = [0, 0, 0, 0]
+        row[0] += 1
+        row[1] += used.tokens
+        row[2] += used.thinking_tokens
+        row[3] += used.nano_usd
+
+    def _count(self, amounts: Amounts, sign: int, holds: int) -> None:
+        self._holds += holds
+        self._held_tokens += sign * amounts.tokens
+        self._held_thinking += sign * amounts.thinking_tokens
+        self._held_nano_usd += sign * amounts.nano_usd
+
+
+EPOCH_ORDINAL = dt.date(1970, 1, 1).toordinal()
+
+
+def _key(limit: Limit) -> tuple[str, Unit, Window | None]:
+    return limit.scope, limit.unit, limit.window
