@@ -1,11 +1,13 @@
 """The rules every ledger keeps: calendar windows, rates, and what a refusal says.
 
-Owns: which window a moment belongs to, what a rate (GCRA, ITU-T I.371) admits, which of several short limits is
-named and when a retry may succeed. Pure: time is passed in. Does not own: who stores the counts (ledgers/).
+Owns: which window a moment belongs to, what a rate admits, which of several short limits is named and when a retry
+may succeed. Pure: time is passed in. Does not own: who stores the counts (ledgers/).
 
-A limit per second or minute is a *rate*: its bucket holds `amount` and refills continuously, so that
-admitted(t) <= amount + amount / window * t. Its only state is the theoretical arrival time, in microseconds:
-when the bucket will be full again. Every longer window is a *calendar window* in UTC with books of its own.
+A limit per second or minute is a *rate*: admitted(t) <= amount + amount / window * t. It is the generic cell rate
+algorithm (GCRA, ITU-T I.371) in its form as a continuous-state leaky bucket: the state is a level, in units of the
+limit, and when it was seen; it runs out continuously. (The form with an arrival time would have to round a unit to
+time, and would refuse everything for an hour after a clock that was an hour ahead is set right.) Every longer window
+is a *calendar window* in UTC with books of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import calendar
 import datetime as dt
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from budget.errors import HoldRefused, Refusal
 from budget.ledger import Limit, Standing, Unit, Window
@@ -23,6 +25,7 @@ FIXED_S: dict[Window, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86
 RATES: frozenset[Window | None] = frozenset({"second", "minute"})
 RETRY_S = 1.0  # for what others hold: nobody knows when they end
 JUMP_BACK_S = 86400  # a clock set back by up to this frees nothing; one that was further ahead was wrong
+ROUNDING = 1e-6  # of a unit: levels are floats
 
 
 def window_start(window: Window | None, now_s: float) -> int:
@@ -45,48 +48,44 @@ def window_end(window: Window | None, start_s: int) -> float:
     return float(start_s + FIXED_S[window])
 
 
-def present_window(window: Window | None, now_s: float, newest_s: int) -> int:
-    """The start of the window to book in, if the newest books so far began at `newest_s`.
+def present_window(window: Window | None, now_s: float, starts: Iterable[int]) -> int:
+    """The start of the window to book in, if there are books that began at `starts`.
 
     A clock that jumps back stays in the newest window, so that nothing spent is free again.
     """
-    start = window_start(window, now_s)
-    return newest_s if start < newest_s <= now_s + JUMP_BACK_S else start
+    return max([window_start(window, now_s), *(start for start in starts if start <= now_s + JUMP_BACK_S)])
 
 
-def rate_us(amount: int, limit: Limit) -> int:
-    """How far `amount` moves the arrival time of a rate, in microseconds."""
-    assert limit.window is not None
-    return -(-amount * FIXED_S[limit.window] * 1_000_000 // limit.amount)
+def level_now(limit: Limit, level: float, seen_s: float, now_s: float) -> float:
+    """What of a rate's `level`, as of `seen_s`, has not run out; all of it if the clock was set back since then."""
+    return max(0.0, level - max(0.0, now_s - seen_s) / _amount_s(limit))
 
 
-def rate_standing(limit: Limit, arrival_us: int, now_us: int, need: int = 0) -> Standing:
-    """What a rate has left; `wait_s` is until it admits `need`."""
-    assert limit.window is not None
-    period_us = FIXED_S[limit.window] * 1_000_000
-    ahead_us = max(0, arrival_us - now_us)
+def rate_free(limit: Limit, level: float) -> int:
+    """What fits into the bucket of a rate."""
+    return math.floor(limit.amount - level + ROUNDING)
+
+
+def rate_standing(limit: Limit, level: float, need: int = 0) -> Standing:
+    """What a rate has left at a present `level`; `wait_s` is until it admits `need`."""
     return Standing(
         limit,
-        free=(period_us - ahead_us) * limit.amount // period_us,
+        free=rate_free(limit, level),
         settled=0,
-        reset_s=ahead_us / 1e6,
-        wait_s=max(0, ahead_us + rate_us(need, limit) - period_us) / 1e6,
+        reset_s=level * _amount_s(limit),
+        wait_s=max(0.0, (level + need - limit.amount) * _amount_s(limit)),
     )
 
 
-def arrival_after_hold(limit: Limit, arrival_us: int, now_us: int, need: int) -> int:
-    """The arrival time once `need` is held; one left behind by a clock that was ahead is brought back."""
+def level_after_settling(level: float, held: int, used: int) -> float:
+    """The present level once a hold is replaced by its use; what has run out already is not given back."""
+    return max(0.0, level + used - held)
+
+
+def _amount_s(limit: Limit) -> float:
+    """Seconds that one unit of a rate takes to run out."""
     assert limit.window is not None
-    ahead = max(arrival_us, now_us)
-    return min(ahead, now_us + 2 * FIXED_S[limit.window] * 1_000_000) + rate_us(need, limit)
-
-
-def arrival_after_settling(limit: Limit, arrival_us: int, now_us: int, held: int, used: int) -> int:
-    """The arrival time once a hold is replaced by its use: moved back by what was not used, never before now."""
-    moved_us = rate_us(used, limit) - rate_us(held, limit)
-    if moved_us >= 0:
-        return max(arrival_us, now_us) + moved_us
-    return max(arrival_us + moved_us, min(arrival_us, now_us))
+    return FIXED_S[limit.window] / limit.amount
 
 
 def refusal(short: Standing, need: int) -> HoldRefused:

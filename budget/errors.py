@@ -3,6 +3,7 @@
 BudgetError
 ├── HoldRefused        a limit has no room for the hold; says which, and when to try again
 ├── StoreUnreachable   the ledger's store does not answer, so nothing can be held
+│   └── HoldEnded      nothing more can be held under this hold: its lease was over
 └── EnvelopeSpent      a request used up its own tokens, dollars or seconds
 """
 
@@ -44,6 +45,10 @@ class HoldRefused(BudgetError):
 
 class StoreUnreachable(BudgetError):
     """The ledger's store does not answer, or not in time; nothing was held."""
+
+
+class HoldEnded(StoreUnreachable):
+    """The hold has ended in the store, its lease being over; a new attempt changes nothing."""
 
 
 class EnvelopeSpent(BudgetError):

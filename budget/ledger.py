@@ -60,6 +60,14 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
             nano_usd=self.nano_usd + more.nano_usd,
         )
 
+    def beyond(self, less: Amounts) -> Amounts:
+        """What is more than in `less`, unit by unit."""
+        return Amounts(
+            tokens=max(0, self.tokens - less.tokens),
+            thinking_tokens=max(0, self.thinking_tokens - less.thinking_tokens),
+            nano_usd=max(0, self.nano_usd - less.nano_usd),
+        )
+
 
 class Remaining(msgspec.Struct, frozen=True, kw_only=True):
     """The tightest limit of one unit, for `x-ratelimit-*` and the budget header.
@@ -137,6 +145,22 @@ class LedgerHealth(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class Figures(msgspec.Struct, kw_only=True):
+    """What this process knows of its ledger without asking the store; for metrics.
+
+    Attributes:
+        is_reachable: the store answered last.
+        waiting: settlements that the store does not have yet.
+        swept: holds whose lease was over, settled for a process that died or hung.
+        debt: used beyond what was held, in total.
+    """
+
+    is_reachable: bool = True
+    waiting: int = 0
+    swept: int = 0
+    debt: Amounts = Amounts()
+
+
 class Hold(Protocol):
     """A reservation in every scope of a request, as an async context manager.
 
@@ -181,6 +205,9 @@ class Ledger(Protocol):
 
     def held(self) -> Amounts:
         """Everything this process holds now, counted once per hold."""
+
+    def figures(self) -> Figures:
+        """What is known without asking the store."""
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """What was settled on these days, both included. Raises: StoreUnreachable."""

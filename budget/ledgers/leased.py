@@ -21,15 +21,15 @@ from typing import Protocol, Self
 import msgspec
 
 from budget.books import tightest
-from budget.errors import HoldRefused, StoreUnreachable
-from budget.ledger import Amounts, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow
+from budget.errors import HoldEnded, HoldRefused, StoreUnreachable
+from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow
 
 log = logging.getLogger("thinkgate.ledger")
 NOTHING = Amounts()
 LEASE_S = 10.0
 REPORT_S = 0.5
 SWEEP_S = 1.0
-REPLAY_S = 60.0  # settlements this recent are told again when a store comes back: it may have lost them
+CLOSE_S = 5.0  # for the last settlements to reach the store
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = "The budget store does not answer, so nothing can be held. Try again shortly."
 
@@ -66,11 +66,13 @@ class Settlement(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         booking: as extended.
         used: what replaces the hold.
+        ended_s: epoch seconds by the owner's clock.
         was_taken: False when nobody knows whether the store took it: then it is only released, for good.
     """
 
     booking: Booking
     used: Amounts
+    ended_s: float
     was_taken: bool = True
 
 
@@ -81,34 +83,38 @@ class Store(Protocol):
 
     Attributes:
         kind: as in the configuration.
+        replay_s: settlements this recent are told again when it comes back, since it may have lost them.
     """
 
     kind: str
+    replay_s: float
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
         """Hold in every limit or in none; the standings afterwards. Again with the same id: no change.
 
-        A hold that was settled or released under this id is refused as unreachable. `is_certain` holds without
-        looking at what is free: for a hold that was granted and then lost by the store.
+        `is_certain` holds without looking at what is free: for a hold that was granted and then lost by the store.
 
-        Raises: HoldRefused for the tightest limit that is short.
+        Raises: HoldRefused for the tightest limit that is short; HoldEnded for an id that has ended.
         """
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
         """Raise a hold to `booking.ceiling`, by `more`, in its own windows. Again with the same ceiling: no change.
 
-        Raises: HoldRefused; then the hold is as it was.
+        Raises: HoldRefused, then the hold is as it was; HoldEnded when it was swept or has ended.
         """
 
     def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
         """Replace holds by their use, each exactly once. One that a sweep settled is corrected, once.
 
-        A hold unknown here, though it was taken, is entered all the same, in the windows of `taken_s`. In line
-        from the call on, before any later call; the future tells when the store has it.
+        What was used without being held at that time is debt: beyond the ceiling, or beyond what was swept.
+
+        A hold that is unknown here, though it was taken: a store that may lose writes (`replay_s`) enters it all the
+        same, in the windows of `taken_s`, if it ended not longer ago than settled holds are remembered; otherwise it
+        was settled already. In line from the call on, before any later call; the future tells when the store has it.
         """
 
     async def report(self, progress: Sequence[tuple[str, Amounts]], lease_s: float) -> list[str]:
-        """Renew the leases of holds, by id, and note what they used so far; the ids that are unknown."""
+        """Renew the leases of holds, by id, and note what they used so far; the ids that it has lost."""
 
     async def sweep(self) -> int:
         """Settle holds whose lease is over at what was last reported; how many there were."""
@@ -153,7 +159,7 @@ class LeasedHold:
         except BaseException:
             # Nobody knows whether the store took it: whatever arrives there late is released.
             self.state = "ended"
-            self._ledger.settle(Settlement(booking=self.booking, used=NOTHING, was_taken=False))
+            self._ledger.settle(self.booking, NOTHING, was_taken=False)
             raise
         self.state = "open"
         self._ledger.open[self.booking.hold_id] = self
@@ -166,7 +172,7 @@ class LeasedHold:
         if self.state == "open":
             self.state = "ended"
             del self._ledger.open[self.booking.hold_id]
-            self._ledger.settle(Settlement(booking=self.booking, used=self.used))
+            self._ledger.settle(self.booking, self.used)
 
     async def extend(self, more: Amounts) -> None:
         """Hold `more` besides. Raises: HoldRefused, StoreUnreachable; then the hold is as it was, or larger."""
@@ -215,13 +221,16 @@ class LeasedLedger:
         self._in_flight: set[asyncio.Future[None]] = set()
         self._recent: deque[tuple[float, Settlement]] = deque()
         self._is_lost = False
+        self._swept = 0
+        self._debt = NOTHING
         self.open: dict[str, LeasedHold] = {}
         self.set_limits(limits)
 
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits; what is settled and held stays, in the store."""
+        self._in_force = tightest(limits)
         self._limits = {}
-        for limit in tightest(limits).values():
+        for limit in self._in_force.values():
             self._limits.setdefault(limit.scope, []).append(limit)
 
     def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> LeasedHold:
@@ -244,6 +253,11 @@ class LeasedLedger:
             total = total.plus(hold.ceiling)
         return total
 
+    def figures(self) -> Figures:
+        """What is known without asking the store."""
+        waiting = len(self._undelivered) + len(self._in_flight)
+        return Figures(is_reachable=not self._is_lost, waiting=waiting, swept=self._swept, debt=self._debt)
+
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """What was settled on these days, both included. Raises: StoreUnreachable."""
         return await self._store.usage(first_day, last_day)
@@ -260,7 +274,9 @@ class LeasedLedger:
         return await self._in_time(lambda: self._store.take(booking, self._lease_s))
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
-        """Extend a hold in the store. Raises: as `take`."""
+        """Extend a hold in the store, under the limits that are in force now. Raises: as `take`."""
+        limits = tuple(self._in_force.get((each.scope, each.unit, each.window), each) for each in booking.limits)
+        booking = msgspec.structs.replace(booking, limits=limits)
         return await self._in_time(lambda: self._store.extend(booking, more))
 
     async def _in_time(self, call: Callable[[], Awaitable[list[Standing]]]) -> list[Standing]:
@@ -272,6 +288,8 @@ class LeasedLedger:
                 while True:
                     try:
                         return await call()
+                    except HoldEnded:
+                        raise
                     except StoreUnreachable:
                         await asyncio.sleep(pause_s)
                         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -279,18 +297,19 @@ class LeasedLedger:
             self._lose()
             raise StoreUnreachable(UNREACHABLE) from None
 
-    def settle(self, settlement: Settlement) -> None:
+    def settle(self, booking: Booking, used: Amounts, *, was_taken: bool = True) -> None:
         """Send the end of a hold to the store; kept and sent again until the store has it."""
+        settlement = Settlement(booking=booking, used=used, ended_s=self._clock(), was_taken=was_taken)
+        self._debt = self._debt.plus(settlement.used.beyond(settlement.booking.ceiling))
         if self._is_lost:
             self._undelivered.append(settlement)
         else:
             self._deliver([settlement])
 
-    def _deliver(self, settlements: list[Settlement]) -> asyncio.Future[None]:
+    def _deliver(self, settlements: list[Settlement]) -> None:
         delivery = self._store.settle(settlements)
         self._in_flight.add(delivery)
         delivery.add_done_callback(lambda done: self._was_delivered(done, settlements))
-        return delivery
 
     def _was_delivered(self, delivery: asyncio.Future[None], settlements: list[Settlement]) -> None:
         self._in_flight.discard(delivery)
@@ -298,9 +317,15 @@ class LeasedLedger:
             self._undelivered.extend(settlements)
             self._lose()
             return
+        self._remember(settlements)
+
+    def _remember(self, settlements: Sequence[Settlement]) -> None:
+        """Keep what a store that comes back may have lost."""
+        if not self._store.replay_s:
+            return
         now_s = self._clock()
         self._recent.extend((now_s, settlement) for settlement in settlements if settlement.was_taken)
-        while self._recent and self._recent[0][0] < now_s - REPLAY_S:
+        while self._recent and self._recent[0][0] < now_s - self._store.replay_s:
             self._recent.popleft()
 
     def _lose(self) -> None:
@@ -314,16 +339,19 @@ class LeasedLedger:
         while True:
             await asyncio.sleep(REPORT_S)
             beats += 1
-            try:
-                async with asyncio.timeout(self._lease_s / 4):
-                    if self._is_lost:
-                        await self._recover()
-                    await self._report()
-                    if beats * REPORT_S >= SWEEP_S:
-                        beats = 0
-                        await self._store.sweep()
-            except (StoreUnreachable, TimeoutError):
-                self._lose()
+            await self.beat(sweeps=beats * REPORT_S % SWEEP_S == 0)
+
+    async def beat(self, *, sweeps: bool = True) -> None:
+        """Find out whether a lost store is back, report what the open holds have used, and sweep."""
+        try:
+            async with asyncio.timeout(self._lease_s / 4):
+                if self._is_lost:
+                    await self._recover()
+                await self._report()
+                if sweeps:
+                    self._swept += await self._store.sweep()
+        except (StoreUnreachable, TimeoutError):
+            self._lose()
 
     async def _report(self) -> None:
         if not self.open:
@@ -335,26 +363,27 @@ class LeasedLedger:
                 await self._store.take(hold.booking, self._lease_s, is_certain=True)
 
     async def _recover(self) -> None:
-        """Tell a store that is back what it may have missed, and what it may have lost with its last writes."""
-        waiting, self._undelivered = list(self._undelivered), deque()
-        try:
-            await self._store.settle([*(settlement for _, settlement in self._recent), *waiting])
-        except BaseException:
-            self._undelivered.extendleft(reversed(waiting))
-            raise
-        now_s = self._clock()
-        self._recent.extend((now_s, settlement) for settlement in waiting if settlement.was_taken)
+        """Tell a store that is back what it missed, and what it may have lost with its last writes."""
+        await self._store.settle([settlement for _, settlement in self._recent])
+        delivered = 0
+        while self._undelivered:  # more may come while these are on their way
+            waiting = list(self._undelivered)
+            await self._store.settle(waiting)
+            for _ in waiting:
+                self._undelivered.popleft()
+            self._remember(waiting)
+            delivered += len(waiting)
         self._is_lost = False
-        log.warning("the budget store is back", extra={"settlements": len(waiting)})
+        log.warning("the budget store is back", extra={"settlements": delivered})
 
     async def close(self) -> None:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""
         with contextlib.suppress(StoreUnreachable, TimeoutError):
-            async with asyncio.timeout(self._timeout_s):
-                if self._undelivered:
-                    await self._recover()
+            async with asyncio.timeout(CLOSE_S):
                 while self._in_flight:
                     await asyncio.wait(self._in_flight)
+                if self._undelivered:
+                    await self._recover()
         if self._undelivered:
             log.error("settlements were not delivered", extra={"settlements": len(self._undelivered)})
         await self._store.close()

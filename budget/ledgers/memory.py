@@ -14,15 +14,16 @@ from typing import Self
 
 from budget.books import (
     RATES,
-    arrival_after_hold,
-    arrival_after_settling,
+    level_after_settling,
+    level_now,
     present_window,
+    rate_free,
     rate_standing,
     refusal,
     tightest,
     window_end,
 )
-from budget.ledger import Amounts, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Window
+from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Window
 
 NOTHING = Amounts()
 KEPT_WINDOWS = 3  # of one account: the present one, and those that late holds may still settle in
@@ -41,43 +42,41 @@ class Books:
 
 
 class CalendarAccount:
-    """A limit per hour or longer, or on concurrency: books per window."""
+    """A limit per hour or longer, or on concurrency: books per window, which begin with the first hold in it."""
 
-    __slots__ = ("books", "limit", "present", "unit")
+    __slots__ = ("_present", "books", "limit", "unit")
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
         self.unit = limit.unit
-        self.present = Books(0, 0.0 if limit.window is not None else float("inf"))
-        self.books = {0: self.present}
+        self.books: dict[int, Books] = {}
+        self._present = Books(0, 0.0)
 
     def turn(self, now_s: float) -> Books:
         """The books of the present window."""
-        present = self.present
+        present = self._present
         if present.start_s <= now_s < present.end_s:
             return present
         window = self.limit.window
-        start_s = present_window(window, now_s, max(self.books))
-        if start_s not in self.books:
-            self.books[start_s] = Books(start_s, window_end(window, start_s))
-            for old in sorted(self.books)[:-KEPT_WINDOWS]:
-                if not self.books[old].held:
-                    del self.books[old]
-        self.present = self.books[start_s]
-        return self.present
+        start_s = present_window(window, now_s, self.books)
+        return self.books.get(start_s) or Books(start_s, window_end(window, start_s))
 
     def free(self, books: Books, now_s: float) -> int:
         """Room for another hold; debt gives none, so an overrun is paid back by later requests."""
         return self.limit.amount - books.settled - books.held
 
-    def standing(self, now_s: float, need: int = 0) -> Standing:
+    def standing(self, books: Books, now_s: float, need: int = 0) -> Standing:
         """What is left, and until when."""
-        books = self.turn(now_s)
         return Standing(self.limit, self.free(books, now_s), books.settled, max(0.0, books.end_s - now_s))
 
     def take(self, books: Books, now_s: float, need: int) -> None:
         """Hold."""
         books.held += need
+        if books.start_s not in self.books:
+            self.books[books.start_s] = self._present = books
+            for old in sorted(self.books)[:-KEPT_WINDOWS]:
+                if not self.books[old].held and old != books.start_s:
+                    del self.books[old]
 
     def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
         """Replace a hold by its use; an overrun becomes debt."""
@@ -87,38 +86,50 @@ class CalendarAccount:
             if used > held:
                 books.debt += used - held
 
+    def is_over(self, now_s: float) -> bool:
+        """Nothing in it would be missed."""
+        return all(books.end_s <= now_s and not books.held for books in self.books.values())
+
 
 class RateAccount:
-    """A limit per second or minute: a bucket that refills continuously."""
+    """A limit per second or minute: a bucket that runs out continuously."""
 
-    __slots__ = ("_books", "arrival_us", "limit", "unit")
+    __slots__ = ("_books", "_level", "_seen_s", "limit", "unit")
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
         self.unit = limit.unit
-        self.arrival_us = 0
+        self._level = self._seen_s = 0.0
         self._books = Books(0, float("inf"))
 
     def turn(self, now_s: float) -> Books:
-        """A rate has no windows: always the same books, and nothing in them."""
+        """A rate has no windows: always the same books, and nothing in them. It goes along with a clock set back."""
+        self._seen_s = min(self._seen_s, now_s)
         return self._books
 
     def free(self, books: Books, now_s: float) -> int:
-        """What the bucket holds."""
-        return rate_standing(self.limit, self.arrival_us, int(now_s * 1e6)).free
+        """What the bucket has room for."""
+        return rate_free(self.limit, self._now(now_s))
 
-    def standing(self, now_s: float, need: int = 0) -> Standing:
+    def standing(self, books: Books, now_s: float, need: int = 0) -> Standing:
         """What is left, and until when."""
-        return rate_standing(self.limit, self.arrival_us, int(now_s * 1e6), need)
+        return rate_standing(self.limit, self._now(now_s), need)
 
     def take(self, books: Books, now_s: float, need: int) -> None:
         """Hold."""
-        self.arrival_us = arrival_after_hold(self.limit, self.arrival_us, int(now_s * 1e6), need)
+        self._level, self._seen_s = self._now(now_s) + need, now_s
 
     def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
         """Replace a hold by its use."""
         if held != used:
-            self.arrival_us = arrival_after_settling(self.limit, self.arrival_us, int(now_s * 1e6), held, used)
+            self._level, self._seen_s = level_after_settling(self._now(now_s), held, used), now_s
+
+    def is_over(self, now_s: float) -> bool:
+        """Nothing in it would be missed."""
+        return not self._now(now_s)
+
+    def _now(self, now_s: float) -> float:
+        return level_now(self.limit, self._level, self._seen_s, now_s)
 
 
 Account = CalendarAccount | RateAccount
@@ -138,6 +149,7 @@ class MemoryHold:
         self._ledger = ledger
         self._scopes = scopes
         self._mode = mode
+        self._day = 0
         self._accounts: list[Account] = []
         self._books: list[Books] = []
         self._used = NOTHING
@@ -149,6 +161,7 @@ class MemoryHold:
         ledger = self._ledger
         self._accounts = ledger.accounts(self._scopes)
         self._books = ledger.take(self._accounts, self.ceiling)
+        self._day = int(ledger.clock() // 86400)
         self._is_open = True
         return self
 
@@ -159,7 +172,7 @@ class MemoryHold:
         if self._is_open:
             self._is_open = False
             self._ledger.settle(self._accounts, self._books, self.ceiling, self._used)
-            self._ledger.enter_usage(self._scopes, self._mode, self._used)
+            self._ledger.enter_usage(self._day, self._scopes, self._mode, self._used)
 
     async def extend(self, more: Amounts) -> None:
         """Hold `more` besides. Raises: HoldRefused; then the hold is as it was."""
@@ -174,9 +187,10 @@ class MemoryHold:
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit` over the hold's scopes."""
         least: Standing | None = None
+        now_s = self._ledger.clock()
         for account in self._accounts:
             if account.unit == unit:
-                standing = account.standing(self._ledger.clock())
+                standing = account.standing(account.turn(now_s), now_s)
                 if least is None or standing.free < least.free:
                     least = standing
         return None if least is None else least.remaining()
@@ -188,16 +202,21 @@ class MemoryLedger:
     def __init__(self, limits: Sequence[Limit] = (), *, clock: Callable[[], float]) -> None:
         self.clock = clock
         self._accounts: dict[str, list[Account]] = {}
+        self._known: dict[tuple[str, Unit, Window | None], Account] = {}
+        self._figures = Figures()
         self._holds = self._held_tokens = self._held_thinking = self._held_nano_usd = 0
         self._usage: dict[int, dict[tuple[tuple[str, ...], str], list[int]]] = {}
         self.set_limits(limits)
 
     def set_limits(self, limits: Sequence[Limit]) -> None:
-        """Replace the limits; what is settled and held under an unchanged scope, unit and window stays."""
-        known = {_key(a.limit): a for accounts in self._accounts.values() for a in accounts}
+        """Replace the limits; what is settled and held under a scope, unit and window stays, also while it is gone."""
+        now_s, wanted = self.clock(), tightest(limits)
+        self._known = {key: a for key, a in self._known.items() if key in wanted or not a.is_over(now_s)}
         self._accounts = {}
-        for key, limit in tightest(limits).items():
-            account = known.get(key) or account_of(limit)
+        for key, limit in wanted.items():
+            account = self._known.get(key)
+            if account is None:
+                account = self._known[key] = account_of(limit)
             account.limit = limit
             self._accounts.setdefault(limit.scope, []).append(account)
 
@@ -208,6 +227,10 @@ class MemoryLedger:
     def held(self) -> Amounts:
         """Everything held now."""
         return Amounts(tokens=self._held_tokens, thinking_tokens=self._held_thinking, nano_usd=self._held_nano_usd)
+
+    def figures(self) -> Figures:
+        """What was overrun; a store in memory is always there."""
+        return self._figures
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """What was settled on these days, both included."""
@@ -271,7 +294,7 @@ class MemoryLedger:
         short: Standing | None = None
         for account, page in zip(accounts, books, strict=True):
             if need[account.unit] > account.free(page, now_s):
-                standing = account.standing(now_s, need[account.unit])
+                standing = account.standing(page, now_s, need[account.unit])
                 if short is None or standing.tightness() < short.tightness():
                     short = standing
         if short is not None:
@@ -282,15 +305,17 @@ class MemoryLedger:
     def settle(self, accounts: Sequence[Account], books: Sequence[Books], ceiling: Amounts, used: Amounts) -> None:
         """Replace the hold by actual use in the books it was taken in; overrun becomes debt."""
         self._count(ceiling, -1, -1)
+        if used.tokens > ceiling.tokens or used.nano_usd > ceiling.nano_usd:
+            self._figures.debt = self._figures.debt.plus(used.beyond(ceiling))
         if not accounts:
             return
         now_s, held, spent = self.clock(), ceiling.by_unit(), used.by_unit()
         for account, page in zip(accounts, books, strict=True):
             account.settle(page, now_s, held[account.unit], spent[account.unit])
 
-    def enter_usage(self, scopes: Sequence[str], mode: str, used: Amounts) -> None:
-        """Add a settled request to its day's usage."""
-        day = EPOCH_ORDINAL + int(self.clock() // 86400)
+    def enter_usage(self, epoch_day: int, scopes: Sequence[str], mode: str, used: Amounts) -> None:
+        """Add a settled request to the usage of the day on which it was held."""
+        day = EPOCH_ORDINAL + epoch_day
         rows = self._usage.get(day)
         if rows is None:
             rows = self._usage[day] = {}
@@ -313,7 +338,3 @@ class MemoryLedger:
 
 
 EPOCH_ORDINAL = dt.date(1970, 1, 1).toordinal()
-
-
-def _key(limit: Limit) -> tuple[str, Unit, Window | None]:
-    return limit.scope, limit.unit, limit.window
