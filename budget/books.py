@@ -25,6 +25,8 @@ FIXED_S: dict[Window, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86
 RATES: frozenset[Window | None] = frozenset({"second", "minute"})
 RETRY_S = 1.0  # for what others hold: nobody knows when they end
 JUMP_BACK_S = 86400  # a clock set back by up to this frees nothing; one that was further ahead was wrong
+KEPT_WINDOWS = 3  # of one limit: the present one, and those that late holds may still settle in
+KEPT_DAYS = 400  # of usage
 ROUNDING = 1e-6  # of a unit: levels are floats
 
 

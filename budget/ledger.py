@@ -42,14 +42,14 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
     thinking_tokens: int = 0
     nano_usd: int = 0
 
-    def by_unit(self) -> dict[Unit, int]:
+    def by_unit(self, *, requests: int = 1) -> dict[Unit, int]:
         """The amount in every unit a limit may have."""
         return {
             "tokens": self.tokens,
             "thinking_tokens": self.thinking_tokens,
             "usd": self.nano_usd,
-            "requests": 1,
-            "concurrency": 1,
+            "requests": requests,
+            "concurrency": requests,
         }
 
     def plus(self, more: Amounts) -> Amounts:

@@ -54,11 +54,6 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
     ceiling: Amounts
     taken_s: float
 
-    def needs(self) -> list[int]:
-        """What is held of each limit."""
-        by_unit = self.ceiling.by_unit()
-        return [by_unit[limit.unit] for limit in self.limits]
-
 
 class Settlement(msgspec.Struct, frozen=True, kw_only=True):
     """The end of a hold.
@@ -116,8 +111,11 @@ class Store(Protocol):
     async def report(self, progress: Sequence[tuple[str, Amounts]], lease_s: float) -> list[str]:
         """Renew the leases of holds, by id, and note what they used so far; the ids that it has lost."""
 
-    async def sweep(self) -> int:
-        """Settle holds whose lease is over at what was last reported; how many there were."""
+    async def sweep(self, lease_s: float) -> int:
+        """Settle holds whose lease is over at what was last reported; how many there were.
+
+        No lease is longer than `lease_s` from now on: one that is was given by a clock that was ahead.
+        """
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """What was settled on these days, both included."""
@@ -349,7 +347,7 @@ class LeasedLedger:
                     await self._recover()
                 await self._report()
                 if sweeps:
-                    self._swept += await self._store.sweep()
+                    self._swept += await self._store.sweep(self._lease_s)
         except (StoreUnreachable, TimeoutError):
             self._lose()
 

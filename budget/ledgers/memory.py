@@ -12,132 +12,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from budget.books import (
-    RATES,
-    level_after_settling,
-    level_now,
-    present_window,
-    rate_free,
-    rate_standing,
-    refusal,
-    tightest,
-    window_end,
-)
+from budget.accounts import Account, Books, account_of, hold_in
+from budget.books import KEPT_DAYS, tightest
 from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Window
 
 NOTHING = Amounts()
-KEPT_WINDOWS = 3  # of one account: the present one, and those that late holds may still settle in
-KEPT_DAYS = 400  # of usage
-
-
-class Books:
-    """What one calendar window of one limit has settled and holds."""
-
-    __slots__ = ("debt", "end_s", "held", "settled", "start_s")
-
-    def __init__(self, start_s: int, end_s: float) -> None:
-        self.start_s = start_s
-        self.end_s = end_s
-        self.settled = self.held = self.debt = 0
-
-
-class CalendarAccount:
-    """A limit per hour or longer, or on concurrency: books per window, which begin with the first hold in it."""
-
-    __slots__ = ("_present", "books", "limit", "unit")
-
-    def __init__(self, limit: Limit) -> None:
-        self.limit = limit
-        self.unit = limit.unit
-        self.books: dict[int, Books] = {}
-        self._present = Books(0, 0.0)
-
-    def turn(self, now_s: float) -> Books:
-        """The books of the present window."""
-        present = self._present
-        if present.start_s <= now_s < present.end_s:
-            return present
-        window = self.limit.window
-        start_s = present_window(window, now_s, self.books)
-        return self.books.get(start_s) or Books(start_s, window_end(window, start_s))
-
-    def free(self, books: Books, now_s: float) -> int:
-        """Room for another hold; debt gives none, so an overrun is paid back by later requests."""
-        return self.limit.amount - books.settled - books.held
-
-    def standing(self, books: Books, now_s: float, need: int = 0) -> Standing:
-        """What is left, and until when."""
-        return Standing(self.limit, self.free(books, now_s), books.settled, max(0.0, books.end_s - now_s))
-
-    def take(self, books: Books, now_s: float, need: int) -> None:
-        """Hold."""
-        books.held += need
-        if books.start_s not in self.books:
-            self.books[books.start_s] = self._present = books
-            for old in sorted(self.books)[:-KEPT_WINDOWS]:
-                if not self.books[old].held and old != books.start_s:
-                    del self.books[old]
-
-    def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
-        """Replace a hold by its use; an overrun becomes debt."""
-        books.held -= held
-        if self.unit != "concurrency":
-            books.settled += used
-            if used > held:
-                books.debt += used - held
-
-    def is_over(self, now_s: float) -> bool:
-        """Nothing in it would be missed."""
-        return all(books.end_s <= now_s and not books.held for books in self.books.values())
-
-
-class RateAccount:
-    """A limit per second or minute: a bucket that runs out continuously."""
-
-    __slots__ = ("_books", "_level", "_seen_s", "limit", "unit")
-
-    def __init__(self, limit: Limit) -> None:
-        self.limit = limit
-        self.unit = limit.unit
-        self._level = self._seen_s = 0.0
-        self._books = Books(0, float("inf"))
-
-    def turn(self, now_s: float) -> Books:
-        """A rate has no windows: always the same books, and nothing in them. It goes along with a clock set back."""
-        self._seen_s = min(self._seen_s, now_s)
-        return self._books
-
-    def free(self, books: Books, now_s: float) -> int:
-        """What the bucket has room for."""
-        return rate_free(self.limit, self._now(now_s))
-
-    def standing(self, books: Books, now_s: float, need: int = 0) -> Standing:
-        """What is left, and until when."""
-        return rate_standing(self.limit, self._now(now_s), need)
-
-    def take(self, books: Books, now_s: float, need: int) -> None:
-        """Hold."""
-        self._level, self._seen_s = self._now(now_s) + need, now_s
-
-    def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
-        """Replace a hold by its use."""
-        if held != used:
-            self._level, self._seen_s = level_after_settling(self._now(now_s), held, used), now_s
-
-    def is_over(self, now_s: float) -> bool:
-        """Nothing in it would be missed."""
-        return not self._now(now_s)
-
-    def _now(self, now_s: float) -> float:
-        return level_now(self.limit, self._level, self._seen_s, now_s)
-
-
-Account = CalendarAccount | RateAccount
-
-
-def account_of(limit: Limit) -> Account:
-    """An account for a new limit."""
-    return RateAccount(limit) if limit.window in RATES else CalendarAccount(limit)
 
 
 class MemoryHold:
@@ -279,28 +158,14 @@ class MemoryLedger:
             return []
         now_s = self.clock()
         books = [account.turn(now_s) for account in accounts]
-        self._take(accounts, books, ceiling.by_unit(), now_s)
+        hold_in(accounts, books, ceiling.by_unit(), now_s)
         self._count(ceiling, 1, 1)
         return books
 
     def extend(self, accounts: Sequence[Account], books: Sequence[Books], more: Amounts) -> None:
         """Hold `more` in the books that a hold was taken in. Raises: HoldRefused; then nothing changed."""
-        need = more.by_unit()
-        need["requests"] = need["concurrency"] = 0
-        self._take(accounts, books, need, self.clock())
+        hold_in(accounts, books, more.by_unit(requests=0), self.clock())
         self._count(more, 1, 0)
-
-    def _take(self, accounts: Sequence[Account], books: Sequence[Books], need: dict[Unit, int], now_s: float) -> None:
-        short: Standing | None = None
-        for account, page in zip(accounts, books, strict=True):
-            if need[account.unit] > account.free(page, now_s):
-                standing = account.standing(page, now_s, need[account.unit])
-                if short is None or standing.tightness() < short.tightness():
-                    short = standing
-        if short is not None:
-            raise refusal(short, need[short.limit.unit])
-        for account, page in zip(accounts, books, strict=True):
-            account.take(page, now_s, need[account.unit])
 
     def settle(self, accounts: Sequence[Account], books: Sequence[Books], ceiling: Amounts, used: Amounts) -> None:
         """Replace the hold by actual use in the books it was taken in; overrun becomes debt."""

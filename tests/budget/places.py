@@ -6,13 +6,19 @@ second process. Another store joins the contract tests by another subclass in `P
 
 from __future__ import annotations
 
+import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
+from budget.accounts import CalendarAccount
+from budget.books import RATES
 from budget.ledger import Ledger, Limit, Unit, Window
-from budget.ledgers.memory import CalendarAccount, MemoryLedger
+from budget.ledgers.leased import LeasedLedger, Store
+from budget.ledgers.memory import MemoryLedger
+from budget.ledgers.sqlite import SqliteStore
 from tests.budget.clocks import Clock
 
 Key = tuple[str, Unit, Window | None]
@@ -70,4 +76,69 @@ class MemoryPlace(Place):
         await self._ledger.close()
 
 
-PLACES: dict[str, Callable[[Path], Place]] = {"memory": MemoryPlace}
+class LeasedPlace(Place):
+    """In a store that processes share.
+
+    Attributes:
+        lease_s: of every hold. No sum of the steps that tests make is as long.
+    """
+
+    lease_s: ClassVar[float] = 10.0625
+    timeout_s: ClassVar[float] = 10.0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.stores: list[Store] = []
+        self.ledgers: list[LeasedLedger] = []
+
+    @abstractmethod
+    def store(self) -> Store:
+        """A process's way to the books."""
+
+    @abstractmethod
+    async def read(self) -> dict[Key, dict[int, Counts]]:
+        """As `books`, of what has arrived in the store."""
+
+    def ledger(self, *limits: Limit, store: Store | None = None) -> LeasedLedger:
+        self.stores.append(store or self.store())
+        ledger = LeasedLedger(self.stores[-1], limits, clock=self.clock, lease_s=self.lease_s, timeout_s=self.timeout_s)
+        self.ledgers.append(ledger)
+        return ledger
+
+    async def kill(self, ledger: LeasedLedger) -> None:
+        """End a process without a word to its store; what it had sent has arrived."""
+        await ledger.health()
+        at = self.ledgers.index(ledger)
+        del self.ledgers[at]
+        await self.stores.pop(at).close()
+
+    async def books(self) -> dict[Key, dict[int, Counts]]:
+        for ledger in self.ledgers:
+            await ledger.health()  # carried out after everything that was sent before
+        return await self.read()
+
+    async def close(self) -> None:
+        for ledger in self.ledgers:
+            await ledger.close()
+
+
+class SqlitePlace(LeasedPlace):
+    """In a file."""
+
+    store_class: ClassVar[type[SqliteStore]] = SqliteStore
+
+    def store(self) -> SqliteStore:
+        return self.store_class(self.folder / "thinkgate.db", clock=self.clock)
+
+    async def read(self) -> dict[Key, dict[int, Counts]]:
+        found: dict[Key, dict[int, Counts]] = {}
+        with closing(sqlite3.connect(self.folder / "thinkgate.db")) as connection:
+            for scope, unit, window, start_s, *counts in connection.execute(
+                "SELECT scope, unit, window, start_s, settled, held, debt FROM books"
+            ):
+                if window not in RATES:
+                    found.setdefault((scope, unit, window or None), {})[start_s] = (counts[0], counts[1], counts[2])
+        return found
+
+
+PLACES: dict[str, Callable[[Path], Place]] = {"memory": MemoryPlace, "sqlite": SqlitePlace}
