@@ -106,8 +106,7 @@ class RateAccount:
         self._books = Books(0, float("inf"))
 
     def turn(self, now_s: float) -> Books:
-        """A rate has no windows: always the same books, and nothing in them. It goes along with a clock set back."""
-        self.seen_s = min(self.seen_s, now_s)
+        """A rate has no windows: always the same books, and nothing in them."""
         return self._books
 
     def free(self, books: Books, now_s: float) -> int:
@@ -124,8 +123,7 @@ class RateAccount:
 
     def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
         """Replace a hold by its use."""
-        if held != used:
-            self.level, self.seen_s = level_after_settling(self._now(now_s), held, used), now_s
+        self.level, self.seen_s = level_after_settling(self._now(now_s), held, used), now_s
 
     def correct(self, books: Books, now_s: float, held: int, swept: int, used: int) -> None:
         """Replace what a sweep settled by its use."""
@@ -133,9 +131,11 @@ class RateAccount:
 
     def is_over(self, now_s: float) -> bool:
         """Nothing in it would be missed."""
-        return not self._now(now_s)
+        return not level_now(self.rate, self.level, self.seen_s, now_s)
 
     def _now(self, now_s: float) -> float:
+        """The level; whoever looks after the clock was set back takes the bucket along."""
+        self.seen_s = min(self.seen_s, now_s)
         return level_now(self.rate, self.level, self.seen_s, now_s)
 
 

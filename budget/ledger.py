@@ -166,12 +166,11 @@ class Hold(Protocol):
 
     Leaving the block settles what was last reported. A hold that reports nothing settles nothing and so
     releases all of it.
-
-    Attributes:
-        ceiling: what is held, extensions included.
     """
 
-    ceiling: Amounts
+    @property
+    def ceiling(self) -> Amounts:
+        """What is held, extensions included."""
 
     async def __aenter__(self) -> Self:
         """Take the hold. Raises: HoldRefused, StoreUnreachable; then nothing is held anywhere."""

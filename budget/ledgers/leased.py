@@ -226,10 +226,14 @@ class LeasedLedger:
 
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits; what is settled and held stays, in the store."""
-        self._in_force = tightest(limits)
+        in_force = tightest(limits)
         self._limits = {}
-        for limit in self._in_force.values():
+        for limit in in_force.values():
             self._limits.setdefault(limit.scope, []).append(limit)
+        for hold in self.open.values():  # extensions meet the new amounts
+            known = hold.booking.limits
+            new = tuple(in_force.get((each.scope, each.unit, each.window), each) for each in known)
+            hold.booking = msgspec.structs.replace(hold.booking, limits=new)
 
     def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> LeasedHold:
         """A hold to be entered with `async with`."""
@@ -272,9 +276,7 @@ class LeasedLedger:
         return await self._in_time(lambda: self._store.take(booking, self._lease_s))
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
-        """Extend a hold in the store, under the limits that are in force now. Raises: as `take`."""
-        limits = tuple(self._in_force.get((each.scope, each.unit, each.window), each) for each in booking.limits)
-        booking = msgspec.structs.replace(booking, limits=limits)
+        """Extend a hold in the store. Raises: as `take`."""
         return await self._in_time(lambda: self._store.extend(booking, more))
 
     async def _in_time(self, call: Callable[[], Awaitable[list[Standing]]]) -> list[Standing]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from budget.accounts import Account, Books, account_of, hold_in
-from budget.books import KEPT_DAYS, tightest
+from budget.books import JUMP_BACK_S, KEPT_DAYS, tightest
 from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Window
 
 NOTHING = Amounts()
@@ -90,7 +90,7 @@ class MemoryLedger:
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits; what is settled and held under a scope, unit and window stays, also while it is gone."""
         now_s, wanted = self.clock(), tightest(limits)
-        self._known = {key: a for key, a in self._known.items() if key in wanted or not a.is_over(now_s)}
+        self._known = {key: a for key, a in self._known.items() if key in wanted or not a.is_over(now_s - JUMP_BACK_S)}
         self._accounts = {}
         for key, limit in wanted.items():
             account = self._known.get(key)

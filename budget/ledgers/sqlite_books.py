@@ -94,7 +94,7 @@ class Sheet:
         if row is not None:
             if row.state != OPEN:
                 raise HoldEnded(ENDED_MESSAGE)
-            return [account.standing(page, now_s) for _, account, page in self._held_in(row)]
+            return [account.standing(page, now_s) for _, account, page in self._held_in(row, booking.limits)]
         keys = [_key(limit) for limit in booking.limits]
         accounts = [self._account(key, limit) for key, limit in zip(keys, booking.limits, strict=True)]
         pages = [account.turn(now_s) for account in accounts]
@@ -114,9 +114,7 @@ class Sheet:
         row = self._hold(booking.hold_id)
         if row is None or row.state != OPEN:
             raise HoldEnded(ENDED_MESSAGE)
-        for limit in booking.limits:
-            self._account(_key(limit), limit)
-        held = self._held_in(row)
+        held = self._held_in(row, booking.limits)
         accounts, pages = [account for _, account, _ in held], [page for _, _, page in held]
         more = booking.ceiling.beyond(row.ceiling)
         if more != Amounts():
@@ -229,6 +227,7 @@ class Sheet:
         if window in RATES:
             account = RateAccount(limit, *(rows[0][5:] if rows else ()))
             if self._now_s < account.seen_s:  # the clock was set back: noted also by a hold that is refused
+                account.seen_s = self._now_s
                 self._changed.add((key, account.turn(self._now_s)))
             return account
         return CalendarAccount(limit, [Books(row[0], window_end(window, row[0]), *row[2:5]) for row in rows])
@@ -277,8 +276,10 @@ class Sheet:
         used = Amounts(tokens=amounts[3], thinking_tokens=amounts[4], nano_usd=amounts[5])
         return Row(hold_id, state, day, scopes, mode, _places.decode(places), ceiling, used)
 
-    def _held_in(self, row: Row) -> list[tuple[Key, Account, Books]]:
-        """The accounts and the books in which a hold is."""
+    def _held_in(self, row: Row, limits: Iterable[Limit] = ()) -> list[tuple[Key, Account, Books]]:
+        """The accounts, under `limits` if those are known, and the books in which a hold is."""
+        for limit in limits:
+            self._account(_key(limit), limit)
         found = []
         for scope, unit, label, start_s in row.places:
             key = (scope, unit, label)

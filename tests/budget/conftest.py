@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.budget.places import PLACES, Place
+from tests.budget.places import PLACES, SHARED, LeasedPlace, Place
 
 
 @pytest.fixture(params=sorted(PLACES))
@@ -18,9 +18,10 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await opened.close()
 
 
-@pytest.fixture(params=sorted(name for name, kind in PLACES.items() if getattr(kind, "is_shared", True)))
-async def shared(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
+@pytest.fixture(params=SHARED)
+async def shared(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LeasedPlace]:
     """Fresh books of each kind that several processes share."""
     opened = PLACES[request.param](tmp_path)
+    assert isinstance(opened, LeasedPlace)
     yield opened
     await opened.close()

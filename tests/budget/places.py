@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
@@ -33,10 +32,7 @@ class Place(ABC):
 
     Attributes:
         clock: the time by which everything there goes.
-        is_shared: several processes keep these books, and they outlive each of them.
     """
-
-    is_shared: ClassVar[bool] = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,7 +54,6 @@ class Place(ABC):
 class MemoryPlace(Place):
     """In memory."""
 
-    is_shared = False
     ledger_class: ClassVar[type[MemoryLedger]] = MemoryLedger
 
     def ledger(self, *limits: Limit) -> MemoryLedger:
@@ -141,4 +136,5 @@ class SqlitePlace(LeasedPlace):
         return found
 
 
-PLACES: dict[str, Callable[[Path], Place]] = {"memory": MemoryPlace, "sqlite": SqlitePlace}
+PLACES: dict[str, type[Place]] = {"memory": MemoryPlace, "sqlite": SqlitePlace}
+SHARED = sorted(name for name, place in PLACES.items() if issubclass(place, LeasedPlace))
