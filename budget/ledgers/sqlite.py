@@ -32,7 +32,6 @@ T = TypeVar("T")
 MOST_CALLS = 128  # of one transaction: other processes want to write, too
 BUSY_S = 2.0  # how long another process may keep the file to itself
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.0001, 0.001  # between two attempts to get it
-WAL_PAGES = 4000  # between two checkpoints: fewer would sync too often
 
 
 class Call(NamedTuple):
@@ -195,7 +194,6 @@ class SqliteStore:
         connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {synchronous}")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute("BEGIN IMMEDIATE")
         version = cast("int", connection.execute("PRAGMA user_version").fetchone()[0])
         if version == 0:
