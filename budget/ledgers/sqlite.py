@@ -30,7 +30,7 @@ from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet
 
 T = TypeVar("T")
 MOST_CALLS = 128  # of one transaction: other processes want to write, too
-BUSY_S = 2.0  # how long another process may keep the file to itself
+BUSY_S = 2.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.0001, 0.001  # between two attempts to get it
 
 
@@ -47,7 +47,8 @@ class SqliteStore:
     Args:
         path: of the file; it is created, and `-wal` and `-shm` beside it. Not on a network file system.
         clock: epoch seconds, the same for all processes.
-        synchronous: what a loss of power may take: the last commits, or nothing.
+        synchronous: what a loss of power may take: the last commits (`normal`), or nothing (`full`).
+        busy_s: how long other processes may keep the file to themselves.
 
     Raises: StoreUnreachable when the file cannot be used.
     """
@@ -56,10 +57,16 @@ class SqliteStore:
     replay_s = 0.0
 
     def __init__(
-        self, path: Path, *, clock: Callable[[], float], synchronous: Literal["normal", "full"] = "normal"
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float],
+        synchronous: Literal["normal", "full"] = "normal",
+        busy_s: float = BUSY_S,
     ) -> None:
         self._path = path
         self._clock = clock
+        self._busy_s = busy_s
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
         self._is_closed = False
         try:
@@ -174,16 +181,16 @@ class SqliteStore:
         return outcomes
 
     def _begin(self) -> None:
-        """Begin to write, as soon as no other process does. Raises: sqlite3.OperationalError after BUSY_S.
+        """Begin to write, as soon as no other process does. Raises: sqlite3.OperationalError after `busy_s`.
 
         SQLite's own waiting doubles its pauses up to 100 ms, and so starves whoever has waited longest.
         """
-        end_s = time.monotonic() + BUSY_S
+        end_s = time.monotonic() + self._busy_s
         while True:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as exc:
-                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end_s:
+                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end_s:
                     raise
                 time.sleep(random.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S))  # noqa: S311  # to not meet again
             else:
@@ -191,7 +198,7 @@ class SqliteStore:
 
     def _open(self, synchronous: str) -> sqlite3.Connection:
         """Open the file and see that it has our tables. Raises: sqlite3.Error, StoreUnreachable."""
-        connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self._path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         connection.execute("BEGIN IMMEDIATE")
