@@ -44,6 +44,8 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
         limits: all that apply, of all scopes.
         ceiling: what is held.
         taken_s: epoch seconds by the owner's clock; tells the windows of a hold that its store has lost.
+        requests: that it stands for; other than 1 only for a slice (offline.py).
+        slices: of a hold that was granted offline, the hold of each limit out of which it was; else empty.
     """
 
     hold_id: str
@@ -53,6 +55,8 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
     limits: tuple[Limit, ...]
     ceiling: Amounts
     taken_s: float
+    requests: int = 1
+    slices: tuple[str, ...] = ()
 
 
 class Settlement(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,67 @@
+-- Takes a hold in every limit, or in none.
+-- ARGV: now, id, owner, lease in s, when it was taken if it is certain, label, four amounts, limits.
+-- Returns: 1 taken, 0 refused, -1 ended before; the time in us; how each limit stands.
+
+local id, taken_s = ARGV[2], tonumber(ARGV[5])
+local amounts, limits = read_amounts(7), read_limits(11)
+local known = call('HMGET', tag .. ':h:' .. id, 'b', 'x')
+if known[1] and not known[2] then
+  return standings(1, cmsgpack.unpack(known[1])[LIMITS])
+end
+if known[2] or call('ZSCORE', tag .. ':ended:' .. ARGV[3], id) then
+  return {-1}
+end
+
+-- What each limit has settled and holds, or its level; and whether there is room in all of them.
+local function look()
+  local fits, found = true, {}
+  for i, limit in ipairs(limits) do
+    local need = count(limit, amounts)
+    if RATE_S[limit[WINDOW]] then
+      local level, seen_s = level_of(limit, limit[AMOUNT])
+      if seen_s > now_s then
+        set_level(limit, level, limit[AMOUNT]) -- the clock was set back, and the level runs out from now on
+      end
+      found[i] = {level, 0, true}
+      fits = fits and need <= floor(limit[AMOUNT] - level + ROUNDING)
+    else
+      found[i] = {present_page(limit)}
+      fits = fits and need <= limit[AMOUNT] - found[i][1] - found[i][2]
+    end
+  end
+  return fits, found
+end
+
+local function hold(limit, need, found)
+  if RATE_S[limit[WINDOW]] then
+    found[1] = found[1] + need
+    return set_level(limit, found[1], limit[AMOUNT])
+  end
+  found[2] = found[2] + need
+  call('HINCRBY', key_of(limit), limit[START] .. 'h', int(need))
+  if not found[3] then
+    keep_window(limit)
+  end
+end
+
+if taken_s then
+  for _, limit in ipairs(limits) do
+    book_for_certain(limit, taken_s, count(limit, amounts), 0)
+  end
+  open_hold(id, ARGV[6], taken_s, amounts, limits, ARGV[4])
+  return standings(1, limits)
+end
+
+local fits, found = look()
+local reply = {fits and 1 or 0, int(now_s * 1000000)}
+for i, limit in ipairs(limits) do
+  if fits then
+    hold(limit, count(limit, amounts), found[i])
+  end
+  local a, b = found[i][1], found[i][2]
+  reply[3 * i], reply[3 * i + 1], reply[3 * i + 2] = RATE_S[limit[WINDOW]] and exact(a) or a, b, limit[START]
+end
+if fits then
+  open_hold(id, ARGV[6], now_s, amounts, limits, ARGV[4])
+end
+return reply
