@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
@@ -28,6 +28,7 @@ from budget.ledgers.leased import Booking, Settlement
 from budget.ledgers.redis_line import Line, Wire
 
 REPLAY_S = 60.0
+SLICE_LEASE_S = 300.0
 SILENT_S = 86400.0  # as in books.lua: what a replica did that was silent for longer may have been forgotten
 AT_ONCE = 100  # holds of one script: longer ones would keep everybody else waiting
 KEPT_PLANS = 10_000
@@ -93,7 +94,7 @@ class RedisStore:
             *_amounts(booking.ceiling, booking.requests),
             *self._plan(booking),
         )
-        return _standings(reply, booking.limits, booking.needs())
+        return _standings(reply, booking.limits, booking.ceiling.by_unit(requests=booking.requests))
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
         """See Store. A hold that is unknown here is in doubt until the next report has entered it again."""
@@ -102,9 +103,7 @@ class RedisStore:
         reply = await wire.send(
             *self._head("extend"), booking.hold_id, booking.owner, *amounts, *self._plan(booking)
         )
-        needs = more.by_unit()
-        needs["requests"] = needs["concurrency"] = 0
-        return _standings(reply, booking.limits, [needs[limit.unit] for limit in booking.limits])
+        return _standings(reply, booking.limits, more.by_unit(requests=0))
 
     def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
         """See Store."""
@@ -168,12 +167,12 @@ class RedisStore:
             replies.append(wire.send(*words))
         return [hold_id.decode() for ids in await asyncio.gather(*replies) for hold_id in ids]
 
-    async def sweep(self) -> int:
+    async def sweep(self, lease_s: float) -> int:
         """See Store."""
         wire = self._line.wire or await self._line.open()
         swept = 0
         while True:
-            late: int = await wire.send(*self._head("sweep"), AT_ONCE, self._owner)
+            late: int = await wire.send(*self._head("sweep"), AT_ONCE, self._owner, lease_s, max(lease_s, SLICE_LEASE_S))
             swept += late
             if late < AT_ONCE:
                 return swept
@@ -272,7 +271,7 @@ def _has_failed(done: asyncio.Future[Any], delivered: asyncio.Future[None]) -> b
     return exc is not None
 
 
-def _standings(reply: list[Any], limits: Sequence[Limit], needs: Sequence[int]) -> list[Standing]:
+def _standings(reply: list[Any], limits: Sequence[Limit], needs: Mapping[Unit, int]) -> list[Standing]:
     """How the limits stand. Raises: HoldRefused, HoldEnded, StoreUnreachable, as the server answered."""
     if reply[0] < REFUSED:
         if reply[0] == ENDED:
@@ -280,15 +279,16 @@ def _standings(reply: list[Any], limits: Sequence[Limit], needs: Sequence[int]) 
         raise StoreUnreachable("the budget store has lost the hold")
     now_s = int(reply[1]) / 1e6
     standings = [
-        rate_standing(limit, float(a), need)
+        rate_standing(limit, float(a), needs[limit.unit])
         if limit.window in RATES
         else Standing(limit, limit.amount - a - b, a, max(0.0, window_end(limit.window, start_s) - now_s))
-        for limit, need, a, b, start_s in zip(limits, needs, reply[2::3], reply[3::3], reply[4::3], strict=True)
+        for limit, a, b, start_s in zip(limits, reply[2::3], reply[3::3], reply[4::3], strict=True)
     ]
     if reply[0] == TAKEN:
         return standings
-    short = [pair for pair in zip(standings, needs, strict=True) if pair[1] > pair[0].free]
-    refused = refusal(*min(short, key=lambda pair: pair[0].tightness()))
+    short = [standing for standing in standings if needs[standing.limit.unit] > max(0, standing.free)]
+    tightest = min(short, key=Standing.tightness)
+    refused = refusal(tightest, needs[tightest.limit.unit])
     refused.standings = standings
     raise refused
 
@@ -300,6 +300,8 @@ def _usage_rows(day: int, fields: Sequence[bytes]) -> Iterator[UsageRow]:
         label, _, what = field.rpartition(b"|")
         sums.setdefault(label, {"r": 0, "t": 0, "k": 0, "n": 0})[what.decode()] = int(number)
     for label, row in sums.items():
+        if not row["r"]:
+            continue  # all of it was taken back
         mode, *scopes = msgspec.json.decode(label, type=list[str])
         yield UsageRow(
             day=EPOCH + dt.timedelta(days=day),

@@ -8,7 +8,7 @@
 --                          nothing is ever reset. Of a rate, a string: its level, when that was seen, and its amount.
 -- TAG:h:ID                 a hold, a hash: `b` its record, `u` what it had used when it last reported; once a sweep
 --                          has settled it `x`, at what, until its owner says how it really ended.
--- TAG:leases               hold ids by when their lease ends.
+-- TAG:leases, TAG:slices   hold ids by when their lease ends; those of slices are apart.
 -- TAG:ended:OWNER          ids of holds that have ended, by when: they are neither taken nor settled again.
 -- TAG:u:DAY, TAG:days      usage: LABEL|r requests, |t tokens, |k thinking tokens, |n nano-USD; days since 1970.
 --
@@ -70,16 +70,14 @@ end
 
 -- ------------------------------------------------------------------------------------------------------- rates
 
--- The present level of a rate, when it was last seen, and the amount by which it runs out: `amount`, the limit's own
--- as it is now, or that of the last hold.
-local function level_of(limit, amount)
+-- The present level of a rate, when it was last seen, and the amount by which it runs out: the limit's at the last hold.
+local function level_of(limit)
   local packed = call('GET', key_of(limit))
   if not packed then
     return 0, now_s, limit[AMOUNT]
   end
-  local level, seen_s, last = unpack(cmsgpack.unpack(packed))
-  local runs_out = amount or last
-  return max(0, level - max(0, now_s - seen_s) / (RATE_S[limit[WINDOW]] / runs_out)), seen_s, runs_out
+  local level, seen_s, amount = unpack(cmsgpack.unpack(packed))
+  return max(0, level - max(0, now_s - seen_s) / (RATE_S[limit[WINDOW]] / amount)), seen_s, amount
 end
 
 -- An empty bucket says no more than none at all, so it may expire; a day late, as clocks jump back.
@@ -169,7 +167,7 @@ end
 
 -- Books as debt what was used though it was not held.
 local function owe(limit, amount)
-  if amount > 0 and limit[UNIT] ~= CONCURRENCY and not RATE_S[limit[WINDOW]] then
+  if amount ~= 0 and limit[UNIT] ~= CONCURRENCY and not RATE_S[limit[WINDOW]] then
     call('HINCRBY', key_of(limit), limit[START] .. 'd', int(amount))
   end
 end
@@ -193,7 +191,7 @@ local function close(record, used)
   for _, limit in ipairs(record[LIMITS]) do
     local held, spent = count(limit, record[AMOUNTS]), count(limit, used)
     replace(limit, held, 0, 0, spent)
-    owe(limit, spent - held)
+    owe(limit, max(0, spent - held))
   end
   enter_usage(record, used, 1)
 end
@@ -201,9 +199,9 @@ end
 -- Corrects a hold that a sweep settled at `swept`.
 local function correct(record, swept, used)
   for _, limit in ipairs(record[LIMITS]) do
-    local old, new = count(limit, swept), count(limit, used)
+    local held, old, new = count(limit, record[AMOUNTS]), count(limit, swept), count(limit, used)
     replace(limit, 0, old, 0, new)
-    owe(limit, new - old)
+    owe(limit, max(new - old, min(0, held - old)))
   end
   enter_usage(record, swept, -1)
   enter_usage(record, used, 1)
@@ -223,19 +221,24 @@ local function read_amounts(first)
   return {tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2]), tonumber(ARGV[first + 3])}
 end
 
+-- Where the leases of holds with a label are. Only slices have none; they may be leased for longer.
+local function leases_of(label)
+  return label == '' and tag .. ':slices' or tag .. ':leases'
+end
+
 -- Writes down a hold that was taken.
 local function open_hold(id, label, at_s, amounts, limits, lease_s)
   for _, limit in ipairs(limits) do
     limit[SLICE] = nil
   end
   call('HSET', tag .. ':h:' .. id, 'b', cmsgpack.pack({label, floor(at_s / 86400), amounts, limits}))
-  call('ZADD', tag .. ':leases', exact(now_s + lease_s), id)
+  call('ZADD', leases_of(label), exact(now_s + lease_s), id)
 end
 
 -- Writes down that a hold has ended, so that nothing under its id happens again.
-local function end_hold(id, owner)
+local function end_hold(id, owner, label)
   call('DEL', tag .. ':h:' .. id)
-  call('ZREM', tag .. ':leases', id)
+  call('ZREM', leases_of(label), id)
   call('ZADD', tag .. ':ended:' .. owner, exact(now_s), id)
 end
 

@@ -35,6 +35,6 @@ local function book_for_certain(limit, at_s, held, settled)
   end
   local all_settled, all_held = page(limit)
   local debt = tonumber(call('HGET', key_of(limit), limit[START] .. 'd') or 0)
-  owe(limit, min(grown, all_settled + all_held - limit[AMOUNT] - debt))
+  owe(limit, max(0, min(grown, all_settled + all_held - limit[AMOUNT] - debt)))
   keep_window(limit)
 end

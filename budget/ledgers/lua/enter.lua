@@ -10,8 +10,8 @@ for _, limit in ipairs(read_limits(14)) do
   local held, spent = count(limit, amounts), count(limit, used)
   book_for_certain(limit, taken_s, 0, min(held, spent))
   replace(limit, 0, 0, 0, max(0, spent - held))
-  owe(limit, spent - held)
+  owe(limit, max(0, spent - held))
 end
 enter_usage({ARGV[5], floor(taken_s / 86400)}, used, 1)
-end_hold(id, owner)
+end_hold(id, owner, ARGV[5])
 call('EXPIRE', tag .. ':ended:' .. owner, SILENT_S)

@@ -18,10 +18,10 @@ for i, limit in ipairs(limits) do
   limit[START] = record[LIMITS][i][START]
   local more = count(limit, amounts) - count(limit, old)
   if RATE_S[limit[WINDOW]] then
-    fits = fits and more <= floor(limit[AMOUNT] - level_of(limit, limit[AMOUNT]) + ROUNDING)
+    fits = fits and more <= max(0, floor(limit[AMOUNT] - level_of(limit) + ROUNDING))
   else
     local settled, held = page(limit)
-    fits = fits and more <= limit[AMOUNT] - settled - held
+    fits = fits and more <= max(0, limit[AMOUNT] - settled - held)
   end
 end
 if grows and not fits then

@@ -9,6 +9,8 @@ for i = 3, #ARGV - 1, 2 do
   if call('ZSCORE', tag .. ':leases', id) then
     call('ZADD', tag .. ':leases', lease_end, id)
     call('HSET', key, 'u', ARGV[i + 1])
+  elseif call('ZSCORE', tag .. ':slices', id) then
+    call('ZADD', tag .. ':slices', lease_end, id)
   elseif call('EXISTS', key) == 0 then
     unknown[#unknown + 1] = id
   end

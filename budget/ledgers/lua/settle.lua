@@ -7,14 +7,15 @@ for i = 3, #ARGV - 5, 6 do
   local id, used = ARGV[i], read_amounts(i + 2)
   local packed, swept = unpack(call('HMGET', tag .. ':h:' .. id, 'b', 'x'))
   if packed then
+    local record = cmsgpack.unpack(packed)
     if swept then
-      correct(cmsgpack.unpack(packed), last_report(swept), used)
+      correct(record, last_report(swept), used)
     else
-      close(cmsgpack.unpack(packed), used)
+      close(record, used)
     end
-    end_hold(id, owner)
+    end_hold(id, owner, record[LABEL])
   elseif ARGV[i + 1] == '0' then
-    end_hold(id, owner) -- should it still arrive, it is not taken
+    end_hold(id, owner, nil) -- should it still arrive, it is not taken
   elseif not call('ZSCORE', tag .. ':ended:' .. owner, id) then
     unknown[#unknown + 1] = id
   end
