@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha1
 from importlib.resources import files
@@ -21,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from budget.books import RATES, rate_standing, refusal, window_end
+from budget.books import RATES, rate_standing, refusal
 from budget.errors import HoldEnded, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Limit, Standing, Unit, UsageRow
 from budget.ledgers.leased import Booking, Settlement
@@ -31,7 +32,8 @@ REPLAY_S = 60.0
 SLICE_LEASE_S = 300.0
 SILENT_S = 86400.0  # as in books.lua: what a replica did that was silent for longer may have been forgotten
 AT_ONCE = 100  # holds of one script: longer ones would keep everybody else waiting
-KEPT_PLANS = 10_000
+KEPT_LIMITS = 10_000
+SETTLE_S = 0.005
 UNITS: dict[Unit, int] = {"tokens": 1, "thinking_tokens": 2, "usd": 3, "requests": 4, "concurrency": 5}
 TAKEN, REFUSED, ENDED = 1, 0, -1
 EPOCH = dt.date(1970, 1, 1)
@@ -45,7 +47,6 @@ SCRIPTS = {
     "held": ("books", "held"),
 }
 
-Words = tuple[bytes | str | float, ...]
 
 
 class RedisStore:
@@ -70,11 +71,10 @@ class RedisStore:
         self._clock = clock
         self._tag = f"{{{name}}}"
         self._sources = {script: _source(parts) for script, parts in SCRIPTS.items()}
-        self._heads: dict[str, Words] = {
-            script: (b"EVALSHA", sha1(source).hexdigest(), 1, self._tag)  # noqa: S324  # its name, not a secret
-            for script, source in self._sources.items()
-        }
-        self._plans: dict[tuple[Limit, ...], Words] = {}
+        self._heads = {script: self._head(source) for script, source in self._sources.items()}
+        self._limits: dict[tuple[Limit, ...], msgspec.Raw] = {}
+        self._outbox: list[Settlement] = []
+        self._delivery: asyncio.Future[None] | None = None
         self._owner = ""
         self.retell: Callable[[], Sequence[Settlement]] = tuple
 
@@ -84,87 +84,97 @@ class RedisStore:
         """See Store."""
         self._owner = booking.owner
         wire = self._line.wire or await self._line.open()
-        reply = await wire.send(
-            *self._head("take"),
+        given = (
             booking.hold_id,
             booking.owner,
             lease_s,
-            booking.taken_s if is_certain else "",
+            booking.taken_s if is_certain else False,
             _label(booking),
-            *_amounts(booking.ceiling, booking.requests),
-            *self._plan(booking),
+            _amounts(booking.ceiling, booking.requests),
+            self._limits_of(booking),
         )
+        reply = await self._call(wire, "take", given)
         return _standings(reply, booking.limits, booking.ceiling.by_unit(requests=booking.requests))
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
         """See Store. A hold that is unknown here is in doubt until the next report has entered it again."""
         wire = self._line.wire or await self._line.open()
         amounts = _amounts(booking.ceiling, booking.requests)
-        reply = await wire.send(
-            *self._head("extend"), booking.hold_id, booking.owner, *amounts, *self._plan(booking)
-        )
+        given = (booking.hold_id, booking.owner, amounts, self._limits_of(booking))
+        reply = await self._call(wire, "extend", given)
         return _standings(reply, booking.limits, more.by_unit(requests=0))
 
     def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
-        """See Store."""
-        delivered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """See Store. They leave with the next call, or after SETTLE_S: that saves most of the system calls."""
+        loop = asyncio.get_running_loop()
+        if self._delivery is None:
+            self._delivery = loop.create_future()
+            loop.call_later(SETTLE_S, self._flush)
+        self._outbox += settlements
+        return self._delivery
+
+    def _flush(self) -> None:
+        """Send the settlements that wait; the future that they share is told when the server has them."""
+        settlements, delivery = self._outbox, self._delivery
+        if delivery is None:
+            return
+        self._outbox, self._delivery = [], None
         wire = self._line.wire
         if wire is None:
-            delivered.set_exception(StoreUnreachable("not connected"))
-            return delivered
-        replies = self._send_settlements(wire, settlements)
+            if not delivery.done():
+                delivery.set_exception(StoreUnreachable("not connected"))
+            return
+        replies = list(self._send_settlements(wire, settlements))
         replied = replies[0] if len(replies) == 1 else asyncio.gather(*replies)
+        replied.add_done_callback(lambda done: self._were_settled(wire, settlements, done, delivery))
 
-        def was_settled(reply: asyncio.Future[Any]) -> None:
-            if _has_failed(reply, delivered):
-                return
-            unknown = set(reply.result() if len(replies) == 1 else [each for ids in reply.result() for each in ids])
-            if not unknown:
-                delivered.set_result(None)
-                return
-            entered = asyncio.gather(*self._send_unknown(wire, settlements, unknown))
-            entered.add_done_callback(lambda done: _has_failed(done, delivered) or delivered.set_result(None))
+    def _were_settled(
+        self, wire: Wire, settlements: list[Settlement], done: asyncio.Future[Any], delivery: asyncio.Future[None]
+    ) -> None:
+        if _has_failed(done, delivery):
+            return
+        ids = done.result() if len(settlements) <= AT_ONCE else [each for some in done.result() for each in some]
+        if not ids:
+            delivery.set_result(None)
+            return
+        entered = asyncio.gather(*self._send_unknown(wire, settlements, set(ids)))
+        entered.add_done_callback(lambda done: _has_failed(done, delivery) or delivery.set_result(None))
 
-        replied.add_done_callback(was_settled)
-        return delivered
-
-    def _send_settlements(self, wire: Wire, settlements: Sequence[Settlement]) -> list[asyncio.Future[Any]]:
-        replies = []
+    def _send_settlements(self, wire: Wire, settlements: Sequence[Settlement]) -> Iterator[asyncio.Future[Any]]:
         for some in _by(AT_ONCE, settlements):
-            words: list[bytes | str | float] = [*self._head("settle"), some[0].booking.owner]
+            given: list[Any] = [some[0].booking.owner]
             for settlement in some:
-                words += (settlement.booking.hold_id, "1" if settlement.was_taken else "0")
-                words += _amounts(settlement.used, int(settlement.was_taken))
-            replies.append(wire.send(*words))
-        return replies
+                was_taken = settlement.was_taken
+                given += (settlement.booking.hold_id, was_taken, _amounts(settlement.used, int(was_taken)))
+            yield wire.send(self._command("settle", given))
 
     def _send_unknown(
         self, wire: Wire, settlements: Sequence[Settlement], unknown: set[bytes]
     ) -> Iterator[asyncio.Future[Any]]:
         """Enter settlements of holds that the server has lost, or never had."""
-        for settlement in settlements:
+        for settlement in settlements if unknown else ():
             booking = settlement.booking
             if booking.hold_id.encode() in unknown:
-                yield wire.send(
-                    *self._head("enter"),
+                given = (
                     booking.hold_id,
                     booking.owner,
                     booking.taken_s,
                     _label(booking),
-                    *_amounts(booking.ceiling, booking.requests),
-                    *_amounts(settlement.used, int(settlement.was_taken)),
-                    *self._plan(booking),
+                    _amounts(booking.ceiling, booking.requests),
+                    _amounts(settlement.used, int(settlement.was_taken)),
+                    self._limits_of(booking),
                 )
+                yield wire.send(self._command("enter", given))
 
     async def report(self, progress: Sequence[tuple[str, Amounts]], lease_s: float) -> list[str]:
         """See Store."""
         wire = self._line.wire or await self._line.open()
         replies = []
         for some in _by(AT_ONCE, progress):
-            words: list[bytes | str | float] = [*self._head("report"), lease_s]
+            given: list[Any] = [lease_s]
             for hold_id, used in some:
-                words += (hold_id, f"{used.tokens} {used.thinking_tokens} {used.nano_usd} 1")
-            replies.append(wire.send(*words))
+                given += (hold_id, _amounts(used, 1))
+            replies.append(self._call(wire, "report", given))
         return [hold_id.decode() for ids in await asyncio.gather(*replies) for hold_id in ids]
 
     async def sweep(self, lease_s: float) -> int:
@@ -172,7 +182,8 @@ class RedisStore:
         wire = self._line.wire or await self._line.open()
         swept = 0
         while True:
-            late: int = await wire.send(*self._head("sweep"), AT_ONCE, self._owner, lease_s, max(lease_s, SLICE_LEASE_S))
+            given = (AT_ONCE, self._owner, lease_s, max(lease_s, SLICE_LEASE_S))
+            late: int = await self._call(wire, "sweep", given)
             swept += late
             if late < AT_ONCE:
                 return swept
@@ -182,10 +193,11 @@ class RedisStore:
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """See Store."""
         wire = self._line.wire or await self._line.open()
+        self._flush()
         first, last = (first_day - EPOCH).days, (last_day - EPOCH).days
-        kept = sorted(int(day) for day in await wire.send(b"SMEMBERS", f"{self._tag}:days"))
+        kept = sorted(int(day) for day in await wire.send(pack(b"SMEMBERS", f"{self._tag}:days")))
         days = [day for day in kept if first <= day <= last]
-        found = await asyncio.gather(*(wire.send(b"HGETALL", f"{self._tag}:u:{day}") for day in days))
+        found = await asyncio.gather(*(wire.send(pack(b"HGETALL", f"{self._tag}:u:{day}")) for day in days))
         return [row for day, fields in zip(days, found, strict=True) for row in _usage_rows(day, fields)]
 
     async def health(self) -> LedgerHealth:
@@ -194,7 +206,7 @@ class RedisStore:
         try:
             wire = self._line.wire or await self._line.open()
             while True:
-                more: list[int] = await wire.send(*self._head("held"), sums[0], AT_ONCE)
+                more: list[int] = await self._call(wire, "held", (sums[0], AT_ONCE))
                 sums = [a + b for a, b in zip(sums, more, strict=True)]
                 if more[0] < AT_ONCE:
                     break
@@ -211,29 +223,52 @@ class RedisStore:
 
     async def close(self) -> None:
         """See Store."""
+        self._flush()
         await self._line.close()
 
     async def _greet(self, wire: Wire) -> None:
         """Make a server that was just connected to ready: the scripts, and settlements that it may have lost."""
-        await asyncio.gather(*(wire.send(b"SCRIPT", b"LOAD", source) for source in self._sources.values()))
+        await asyncio.gather(*(wire.send(pack(b"SCRIPT", b"LOAD", source)) for source in self._sources.values()))
         recent = self.retell()
-        if recent:
-            replies = await asyncio.gather(*self._send_settlements(wire, recent))
-            await asyncio.gather(*self._send_unknown(wire, recent, {each for ids in replies for each in ids}))
+        replies = await asyncio.gather(*self._send_settlements(wire, recent))
+        await asyncio.gather(*self._send_unknown(wire, recent, {hold_id for ids in replies for hold_id in ids}))
 
-    def _head(self, script: str) -> Words:
-        return (*self._heads[script], "" if self._clock is None else repr(self._clock()))
+    def _call(self, wire: Wire, script: str, given: Sequence[Any]) -> asyncio.Future[Any]:
+        """Send a call behind the settlements that wait."""
+        if self._delivery is not None:
+            self._flush()
+        return wire.send(self._command(script, given))
 
-    def _plan(self, booking: Booking) -> Words:
-        """The words for a booking's limits, which are the same for many."""
+    def _command(self, script: str, given: Sequence[Any]) -> bytes:
+        packed = msgspec.msgpack.encode(given)
+        if self._clock is None:
+            return b"%b$%d\r\n%b\r\n" % (self._heads[script], len(packed), packed)
+        now = repr(self._clock()).encode()
+        return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (self._heads[script], len(packed), packed, len(now), now)
+
+    def _head(self, source: bytes) -> bytes:
+        """All but the last words of a call to a script, packed."""
+        words = 5 if self._clock is None else 6
+        name = sha1(source).hexdigest()  # noqa: S324  # so the server names scripts; it is no secret
+        packed = pack(b"EVALSHA", name, 1, self._tag)
+        return b"*%d%b" % (words, packed[packed.index(b"\r") :])
+
+    def _limits_of(self, booking: Booking) -> msgspec.Raw:
+        """A booking's limits, packed; those of many bookings are the same."""
         if booking.slices:
-            return tuple(_limit_words(booking.limits, booking.slices))
-        plan = self._plans.get(booking.limits)
-        if plan is None:
-            if len(self._plans) >= KEPT_PLANS:
-                self._plans.clear()
-            plan = self._plans[booking.limits] = tuple(_limit_words(booking.limits, [""] * len(booking.limits)))
-        return plan
+            return _packed_limits(booking.limits, booking.slices)
+        packed = self._limits.get(booking.limits)
+        if packed is None:
+            if len(self._limits) >= KEPT_LIMITS:
+                self._limits.clear()
+            packed = self._limits[booking.limits] = _packed_limits(booking.limits, [""] * len(booking.limits))
+        return packed
+
+
+def pack(*words: bytes | str | int) -> bytes:
+    """A command as it goes over the wire."""
+    parts = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
 
 
 def _source(parts: Sequence[str]) -> bytes:
@@ -241,19 +276,21 @@ def _source(parts: Sequence[str]) -> bytes:
     return b"\n".join((folder / f"{part}.lua").read_bytes() for part in parts)
 
 
-def _limit_words(limits: Sequence[Limit], slices: Sequence[str]) -> Iterator[bytes | str | float]:
-    for limit, of_slice in zip(limits, slices, strict=True):
-        window = limit.window or ""
-        yield from (f"{limit.scope}|{limit.unit}|{window}", UNITS[limit.unit], window, limit.amount, of_slice)
+def _packed_limits(limits: Sequence[Limit], slices: Sequence[str]) -> msgspec.Raw:
+    rows = [
+        (f"{limit.scope}|{limit.unit}|{limit.window or ''}", UNITS[limit.unit], limit.window or "", limit.amount, 0, of)
+        for limit, of in zip(limits, slices, strict=True)
+    ]
+    return msgspec.Raw(msgspec.msgpack.encode(rows))
 
 
 def _amounts(amounts: Amounts, requests: int) -> tuple[int, int, int, int]:
     return amounts.tokens, amounts.thinking_tokens, amounts.nano_usd, requests
 
 
-def _label(booking: Booking) -> bytes:
+def _label(booking: Booking) -> str:
     """What usage is entered under; empty for a slice, which has none."""
-    return msgspec.json.encode((booking.mode, *booking.scopes)) if booking.scopes else b""
+    return msgspec.json.encode((booking.mode, *booking.scopes)).decode() if booking.scopes else ""
 
 
 def _by(size: int, many: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -277,12 +314,11 @@ def _standings(reply: list[Any], limits: Sequence[Limit], needs: Mapping[Unit, i
         if reply[0] == ENDED:
             raise HoldEnded("the hold has ended in the budget store: its lease was over")
         raise StoreUnreachable("the budget store has lost the hold")
-    now_s = int(reply[1]) / 1e6
     standings = [
         rate_standing(limit, float(a), needs[limit.unit])
         if limit.window in RATES
-        else Standing(limit, limit.amount - a - b, a, max(0.0, window_end(limit.window, start_s) - now_s))
-        for limit, a, b, start_s in zip(limits, reply[2::3], reply[3::3], reply[4::3], strict=True)
+        else Standing(limit, limit.amount - a - b, a, left_us / 1e6 if left_us >= 0 else math.inf)
+        for limit, a, b, left_us in zip(limits, reply[1::3], reply[2::3], reply[3::3], strict=True)
     ]
     if reply[0] == TAKEN:
         return standings

@@ -38,7 +38,6 @@ class Wire(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport, timeout_s: float) -> None:
         import hiredis
 
-        self._pack = hiredis.pack_command
         self._reader = hiredis.Reader(notEnoughData=self)
         self._transport = transport
         self._timeout_s = timeout_s
@@ -50,15 +49,15 @@ class Wire(asyncio.Protocol):
         self.broke: str | None = None
         transport.set_protocol(self)
 
-    def send(self, *words: bytes | str | float) -> asyncio.Future[Any]:
-        """Send a command behind all others of this turn; the future has its reply, or StoreUnreachable."""
+    def send(self, command: bytes) -> asyncio.Future[Any]:
+        """Send a packed command behind all others of this turn; the future has its reply, or StoreUnreachable."""
         reply: asyncio.Future[Any] = self._loop.create_future()
         if self.broke is not None:
             reply.set_exception(StoreUnreachable(self.broke))
             return reply
         if not self._outgoing:
             self._loop.call_soon(self._flush)
-        self._outgoing.append(self._pack(words))
+        self._outgoing.append(command)
         self._waiting.append(reply)
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._look_after)

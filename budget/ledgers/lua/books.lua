@@ -1,7 +1,9 @@
 -- The books in Redis: what every script shares. The rules are those of budget/books.py.
 --
 -- KEYS[1] is the ledger's tag, e.g. `{thinkgate}`. Every key begins with it, so all are in one slot of a cluster.
--- ARGV[1] is the time in epoch seconds; empty, as always but in tests, for the server's own.
+-- ARGV[1] is an array in MessagePack, with false for what is not there. Amounts in it are four numbers: tokens,
+-- thinking tokens, nano-USD, requests; a limit is account, unit, window, amount, start, slice.
+-- ARGV[2] is the time in epoch seconds; empty, as always but in tests, for the server's own.
 --
 -- TAG:a:SCOPE|UNIT|WINDOW  an account. Of a calendar window, a hash: `n`, when the newest window began, and for every
 --                          window that is kept STARTh held, STARTs settled, STARTd debt. A new window is new fields;
@@ -26,7 +28,7 @@ local RATE_S = {second = 1, minute = 60}
 local JUMP_BACK_S, ROUNDING, KEPT_WINDOWS = 86400, 1e-6, 3
 local ENDED_S, SILENT_S, KEPT_S = 120, 86400, 400 * 86400
 
-local now_s = tonumber(ARGV[1])
+local now_s = tonumber(ARGV[2])
 if not now_s then
   local time = call('TIME')
   now_s = time[1] + time[2] / 1000000
@@ -66,6 +68,15 @@ local function window_start(window, at_s)
   local of_year = of_era - (365 * year + floor(year / 4) - floor(year / 100))
   local month = floor((5 * of_year + 2) / 153)
   return (day - of_year + floor((153 * month + 2) / 5)) * 86400
+end
+
+-- When a window ends that was opened; nil if it never does.
+local function window_end(limit)
+  local start, length_s = limit[START], LENGTH_S[limit[WINDOW]]
+  if length_s then
+    return start + length_s
+  end
+  return limit[WINDOW] == 'month' and window_start('month', start + 32 * 86400) or nil
 end
 
 -- ------------------------------------------------------------------------------------------------------- rates
@@ -207,20 +218,6 @@ local function correct(record, swept, used)
   enter_usage(record, used, 1)
 end
 
--- The limits among the arguments, from `first` on, five each: account, unit, window, amount, slice.
-local function read_limits(first)
-  local limits = {}
-  for i = first, #ARGV - 4, 5 do
-    limits[#limits + 1] = {ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2], tonumber(ARGV[i + 3]), 0, ARGV[i + 4]}
-  end
-  return limits
-end
-
--- Four amounts among the arguments: tokens, thinking tokens, nano-USD, requests.
-local function read_amounts(first)
-  return {tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2]), tonumber(ARGV[first + 3])}
-end
-
 -- Where the leases of holds with a label are. Only slices have none; they may be leased for longer.
 local function leases_of(label)
   return label == '' and tag .. ':slices' or tag .. ':leases'
@@ -242,31 +239,29 @@ local function end_hold(id, owner, label)
   call('ZADD', tag .. ':ended:' .. owner, exact(now_s), id)
 end
 
--- What is settled of a hold that never reported: the request. A slice, which has no label, counts as none.
-local function unreported(record)
-  return record[LABEL] == '' and '0 0 0 0' or '0 0 0 1'
-end
-
--- What a hold had used when it last reported, as amounts.
-local function last_report(reported)
-  local used = {}
-  for number in string.gmatch(reported, '%d+') do
-    used[#used + 1] = tonumber(number)
+-- Adds to a reply how a limit stands: of a calendar window settled, held and how long it lasts in us (-1: for ever); of
+-- a rate its level.
+local function add_standing(reply, limit, a, b)
+  local left_us = 0
+  if RATE_S[limit[WINDOW]] then
+    a, b = exact(a), 0
+  else
+    local end_s = window_end(limit)
+    left_us = end_s and floor(max(0, end_s - now_s) * 1000000 + 0.5) or -1
   end
-  return used
+  local n = #reply
+  reply[n + 1], reply[n + 2], reply[n + 3] = a, b, left_us
 end
 
--- How every limit stands: of a calendar window settled, held and its start; of a rate its level.
+-- How every limit stands.
 local function standings(answer, limits)
-  local reply = {answer, int(now_s * 1000000)}
+  local reply = {answer}
   for _, limit in ipairs(limits) do
-    local a, b = 0, 0
     if RATE_S[limit[WINDOW]] then
-      a = exact((level_of(limit)))
+      add_standing(reply, limit, level_of(limit))
     else
-      a, b = page(limit)
+      add_standing(reply, limit, page(limit))
     end
-    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3] = a, b, limit[START]
   end
   return reply
 end

@@ -1,8 +1,8 @@
 -- Raises a hold to new amounts in its own windows, or leaves it as it is. It never shrinks.
--- ARGV: now, id, owner, four amounts, limits as they are now.
--- Returns: 1 extended, 0 refused, -1 swept or ended, -2 unknown; the time in us; how each limit stands.
+-- Given: id, owner, amounts, limits as they are now.
+-- Returns: 1 extended, 0 refused, -1 swept or ended, -2 unknown; how each limit stands.
 
-local id, owner, amounts, limits = ARGV[2], ARGV[3], read_amounts(4), read_limits(8)
+local id, owner, amounts, limits = unpack(cmsgpack.unpack(ARGV[1]))
 local key = tag .. ':h:' .. id
 local packed, swept = unpack(call('HMGET', key, 'b', 'x'))
 if swept or not packed then

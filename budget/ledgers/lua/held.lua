@@ -1,9 +1,10 @@
 -- Sums up open holds.
--- ARGV: now, the first to look at, and how many.
+-- Given: the first to look at, and how many.
 -- Returns: how many there were, and their tokens, thinking tokens and nano-USD.
 
-local sum, first = {0, 0, 0, 0}, tonumber(ARGV[2])
-for _, id in ipairs(call('ZRANGE', tag .. ':leases', first, first + tonumber(ARGV[3]) - 1)) do
+local first, most = unpack(cmsgpack.unpack(ARGV[1]))
+local sum = {0, 0, 0, 0}
+for _, id in ipairs(call('ZRANGE', tag .. ':leases', first, first + most - 1)) do
   local packed = call('HGET', tag .. ':h:' .. id, 'b')
   sum[1] = sum[1] + 1
   if packed then

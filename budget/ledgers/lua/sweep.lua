@@ -1,13 +1,14 @@
 -- Settles holds whose lease is over at what they last reported, and forgets which holds of an owner ended long ago.
 -- Only the owner asks for that: while it cannot reach these books, it may not know yet that they have its settlements.
--- ARGV: now, how many at most, owner, the longest lease of a hold in s, and of a slice. A lease that is longer was
+-- Given: how many at most, owner, the longest lease of a hold in s, and of a slice. A lease that is longer was
 -- given by a clock that was ahead.
 -- Returns: how many.
 
-local most, swept = ARGV[2], 0
+local most, owner, longest_s, longest_slice_s = unpack(cmsgpack.unpack(ARGV[1]))
+local swept = 0
 
-local function sweep(leases, longest_s)
-  local longest = exact(now_s + longest_s)
+local function sweep(leases, lease_s)
+  local longest = exact(now_s + lease_s)
   for _, id in ipairs(call('ZRANGEBYSCORE', leases, '(' .. longest, '+inf', 'LIMIT', 0, most)) do
     call('ZADD', leases, longest, id)
   end
@@ -16,8 +17,8 @@ local function sweep(leases, longest_s)
     local packed, reported = unpack(call('HMGET', key, 'b', 'u'))
     if packed then
       local record = cmsgpack.unpack(packed)
-      reported = reported or unreported(record)
-      close(record, last_report(reported))
+      reported = reported or cmsgpack.pack({0, 0, 0, record[LABEL] ~= '' and 1 or 0}) -- a slice is no request
+      close(record, cmsgpack.unpack(reported))
       call('HSET', key, 'x', reported)
       call('EXPIRE', key, SILENT_S)
     end
@@ -26,7 +27,7 @@ local function sweep(leases, longest_s)
   end
 end
 
-sweep(tag .. ':leases', ARGV[4])
-sweep(tag .. ':slices', ARGV[5])
-call('ZREMRANGEBYSCORE', tag .. ':ended:' .. ARGV[3], '-inf', exact(now_s - ENDED_S))
+sweep(tag .. ':leases', longest_s)
+sweep(tag .. ':slices', longest_slice_s)
+call('ZREMRANGEBYSCORE', tag .. ':ended:' .. owner, '-inf', exact(now_s - ENDED_S))
 return swept

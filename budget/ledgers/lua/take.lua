@@ -1,14 +1,13 @@
 -- Takes a hold in every limit, or in none.
--- ARGV: now, id, owner, lease in s, when it was taken if it is certain, label, four amounts, limits.
--- Returns: 1 taken, 0 refused, -1 ended before; the time in us; how each limit stands.
+-- Given: id, owner, lease in s, when it was taken if it is certain, label, amounts, limits.
+-- Returns: 1 taken, 0 refused, -1 ended before; how each limit stands.
 
-local id, taken_s = ARGV[2], tonumber(ARGV[5])
-local amounts, limits = read_amounts(7), read_limits(11)
+local id, owner, lease_s, taken_s, label, amounts, limits = unpack(cmsgpack.unpack(ARGV[1]))
 local known = call('HMGET', tag .. ':h:' .. id, 'b', 'x')
 if known[1] and not known[2] then
   return standings(1, cmsgpack.unpack(known[1])[LIMITS])
 end
-if known[2] or call('ZSCORE', tag .. ':ended:' .. ARGV[3], id) then
+if known[2] or call('ZSCORE', tag .. ':ended:' .. owner, id) then
   return {-1}
 end
 
@@ -48,20 +47,19 @@ if taken_s then
   for _, limit in ipairs(limits) do
     book_for_certain(limit, taken_s, count(limit, amounts), 0)
   end
-  open_hold(id, ARGV[6], taken_s, amounts, limits, ARGV[4])
+  open_hold(id, label, taken_s, amounts, limits, lease_s)
   return standings(1, limits)
 end
 
 local fits, found = look()
-local reply = {fits and 1 or 0, int(now_s * 1000000)}
+local reply = {fits and 1 or 0}
 for i, limit in ipairs(limits) do
   if fits then
     hold(limit, count(limit, amounts), found[i])
   end
-  local a, b = found[i][1], found[i][2]
-  reply[3 * i], reply[3 * i + 1], reply[3 * i + 2] = RATE_S[limit[WINDOW]] and exact(a) or a, b, limit[START]
+  add_standing(reply, limit, found[i][1], found[i][2])
 end
 if fits then
-  open_hold(id, ARGV[6], now_s, amounts, limits, ARGV[4])
+  open_hold(id, label, now_s, amounts, limits, lease_s)
 end
 return reply
