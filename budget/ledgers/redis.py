@@ -33,7 +33,6 @@ SLICE_LEASE_S = 300.0
 SILENT_S = 86400.0  # as in books.lua: what a replica did that was silent for longer may have been forgotten
 AT_ONCE = 100  # holds of one script: longer ones would keep everybody else waiting
 KEPT_LIMITS = 10_000
-SETTLE_S = 0.005
 UNITS: dict[Unit, int] = {"tokens": 1, "thinking_tokens": 2, "usd": 3, "requests": 4, "concurrency": 5}
 TAKEN, REFUSED, ENDED = 1, 0, -1
 EPOCH = dt.date(1970, 1, 1)
@@ -56,6 +55,7 @@ class RedisStore:
         url: `redis://`, `rediss://` or `unix://`, with all that redis-py reads from it.
         name: of the ledger; those of different names do not see each other.
         timeout_s: to connect, and for the server to say something.
+        linger_s: how long a settlement may wait for another call to leave with. That saves system calls.
         clock: epoch seconds, instead of the server's; for tests.
 
     Raises: ImportError without the extra `thinkgate[redis]`; ValueError for a URL that cannot be read.
@@ -65,9 +65,16 @@ class RedisStore:
     replay_s = REPLAY_S
 
     def __init__(
-        self, url: str, *, name: str = "thinkgate", timeout_s: float = 1.0, clock: Callable[[], float] | None = None
+        self,
+        url: str,
+        *,
+        name: str = "thinkgate",
+        timeout_s: float = 1.0,
+        linger_s: float = 0.005,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._line = Line(url, timeout_s=timeout_s, greet=self._greet)
+        self._linger_s = linger_s
         self._clock = clock
         self._tag = f"{{{name}}}"
         self._sources = {script: _source(parts) for script, parts in SCRIPTS.items()}
@@ -105,11 +112,11 @@ class RedisStore:
         return _standings(reply, booking.limits, more.by_unit(requests=0))
 
     def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
-        """See Store. They leave with the next call, or after SETTLE_S: that saves most of the system calls."""
+        """See Store. They leave with the next call, or by themselves after `linger_s`."""
         loop = asyncio.get_running_loop()
         if self._delivery is None:
             self._delivery = loop.create_future()
-            loop.call_later(SETTLE_S, self._flush)
+            loop.call_later(self._linger_s, self._flush)
         self._outbox += settlements
         return self._delivery
 

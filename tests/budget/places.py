@@ -149,7 +149,7 @@ class RedisPlace(LeasedPlace):
         self._client.flushall()
 
     def store(self) -> RedisStore:
-        return self.store_class(valkey().connection_url, clock=self.clock)
+        return self.store_class(valkey().connection_url, linger_s=0.0, clock=self.clock)
 
     async def read(self) -> dict[Key, dict[int, Counts]]:
         found: dict[Key, dict[int, Counts]] = {}
