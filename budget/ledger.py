@@ -153,12 +153,14 @@ class Figures(msgspec.Struct, kw_only=True):
         waiting: settlements that the store does not have yet.
         swept: holds whose lease was over, settled for a process that died or hung.
         debt: used beyond what was held, in total.
+        offline: holds that were granted while the store was lost.
     """
 
     is_reachable: bool = True
     waiting: int = 0
     swept: int = 0
     debt: Amounts = Amounts()
+    offline: int = 0
 
 
 class Hold(Protocol):

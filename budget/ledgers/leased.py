@@ -3,7 +3,8 @@
 Owns: what all stores have in common. A hold is taken in one atomic call; from then on it is a lease that this
 process renews, with what was used so far, every REPORT_S. When the process dies, whoever sweeps next settles the
 hold at what was last reported. Settlements go through an outbox in order, are retried until the store has them and
-count once, by hold id. Does not own: how a store keeps books (sqlite.py, redis.py).
+count once, by hold id. Does not own: what a store does (store.py) and how it keeps books (sqlite.py, redis.py), what
+may be spent while it is not there (offline.py).
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import contextlib
 import datetime as dt
 import logging
 import secrets
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import msgspec
 
 from budget.books import tightest
 from budget.errors import HoldEnded, HoldRefused, StoreUnreachable
 from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow
+from budget.ledgers.offline import Offline, OfflineHold
+from budget.ledgers.store import Booking, Settlement, Store
 
 log = logging.getLogger("thinkgate.ledger")
 NOTHING = Amounts()
@@ -34,112 +38,23 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = "The budget store does not answer, so nothing can be held. Try again shortly."
 
 
-class Booking(msgspec.Struct, frozen=True, kw_only=True):
-    """A hold as its store keeps it.
-
-    Attributes:
-        hold_id: unique for ever; what makes every call idempotent.
-        owner: the process whose lease it is.
-        scopes, mode: for the usage it is entered under.
-        limits: all that apply, of all scopes.
-        ceiling: what is held.
-        taken_s: epoch seconds by the owner's clock; tells the windows of a hold that its store has lost.
-        requests: that it stands for; other than 1 only for a slice (offline.py).
-        slices: of a hold that was granted offline, the hold of each limit out of which it was; else empty.
-    """
-
-    hold_id: str
-    owner: str
-    scopes: tuple[str, ...]
-    mode: str
-    limits: tuple[Limit, ...]
-    ceiling: Amounts
-    taken_s: float
-    requests: int = 1
-    slices: tuple[str, ...] = ()
-
-
-class Settlement(msgspec.Struct, frozen=True, kw_only=True):
-    """The end of a hold.
-
-    Attributes:
-        booking: as extended.
-        used: what replaces the hold.
-        ended_s: epoch seconds by the owner's clock.
-        was_taken: False when nobody knows whether the store took it: then it is only released, for good.
-    """
-
-    booking: Booking
-    used: Amounts
-    ended_s: float
-    was_taken: bool = True
-
-
-class Store(Protocol):
-    """What a store does, each call atomically and by the store's own clock. All raise StoreUnreachable.
-
-    Calls are carried out in the order in which they were made.
-
-    Attributes:
-        kind: as in the configuration.
-        replay_s: settlements this recent are told again when it comes back, since it may have lost them.
-    """
-
-    kind: str
-    replay_s: float
-
-    async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
-        """Hold in every limit or in none; the standings afterwards. Again with the same id: no change.
-
-        `is_certain` holds without looking at what is free: for a hold that was granted and then lost by the store.
-
-        Raises: HoldRefused for the tightest limit that is short; HoldEnded for an id that has ended.
-        """
-
-    async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
-        """Raise a hold to `booking.ceiling`, by `more`, in its own windows. Again with the same ceiling: no change.
-
-        Raises: HoldRefused, then the hold is as it was; HoldEnded when it was swept or has ended.
-        """
-
-    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
-        """Replace holds by their use, each exactly once. One that a sweep settled is corrected, once.
-
-        What was used without being held at that time is debt: beyond the ceiling, or beyond what was swept.
-
-        A hold that is unknown here, though it was taken: a store that may lose writes (`replay_s`) enters it all the
-        same, in the windows of `taken_s`, if it ended not longer ago than settled holds are remembered; otherwise it
-        was settled already. In line from the call on, before any later call; the future tells when the store has it.
-        """
-
-    async def report(self, progress: Sequence[tuple[str, Amounts]], lease_s: float) -> list[str]:
-        """Renew the leases of holds, by id, and note what they used so far; the ids that it has lost."""
-
-    async def sweep(self, lease_s: float) -> int:
-        """Settle holds whose lease is over at what was last reported; how many there were.
-
-        No lease is longer than `lease_s` from now on: one that is was given by a clock that was ahead.
-        """
-
-    async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
-        """What was settled on these days, both included."""
-
-    async def health(self) -> LedgerHealth:
-        """How it is; never raises."""
-
-    async def close(self) -> None:
-        """Let go of files and connections."""
-
-
 class LeasedHold:
-    """See budget.ledger.Hold."""
+    """See budget.ledger.Hold.
 
-    __slots__ = ("_ledger", "_standings", "booking", "state", "used")
+    Attributes:
+        booking: as the store knows it, or will.
+        local: as long as only this process knows of it.
+        is_offline: it was granted while the store was lost.
+    """
+
+    __slots__ = ("_ledger", "_standings", "booking", "is_offline", "local", "state", "used")
 
     def __init__(self, ledger: LeasedLedger, booking: Booking) -> None:
         self._ledger = ledger
         self._standings: Sequence[Standing] = ()
         self.booking = booking
+        self.local: OfflineHold | None = None
+        self.is_offline = False
         self.used = NOTHING
         self.state = "new"
 
@@ -151,18 +66,20 @@ class LeasedHold:
     async def __aenter__(self) -> Self:
         """Take the hold. Raises: HoldRefused, StoreUnreachable; then nothing is held anywhere."""
         assert self.state == "new", "a hold is taken once"
-        self.state = "taking"
+        self.state = "ended"
+        was_lost = self._ledger.is_lost
         try:
             self._standings = await self._ledger.take(self.booking)
         except HoldRefused as exc:
             self._standings = exc.standings
-            self.state = "ended"
             raise
-        except BaseException:
-            # Nobody knows whether the store took it: whatever arrives there late is released.
-            self.state = "ended"
-            self._ledger.settle(self.booking, NOTHING, was_taken=False)
-            raise
+        except BaseException as exc:
+            if not was_lost:  # nobody knows whether the store took it: whatever arrives there late is released
+                self._ledger.settle(self.booking, NOTHING, was_taken=False)
+            if not isinstance(exc, StoreUnreachable):
+                raise
+            self.booking, self.local = self._ledger.grant(self.booking, exc)
+            self._standings, self.is_offline = self.local.standings, True
         self.state = "open"
         self._ledger.open[self.booking.hold_id] = self
         return self
@@ -174,13 +91,19 @@ class LeasedHold:
         if self.state == "open":
             self.state = "ended"
             del self._ledger.open[self.booking.hold_id]
+            if self.local is not None:
+                self.local.settle(self.used)
             self._ledger.settle(self.booking, self.used)
 
     async def extend(self, more: Amounts) -> None:
         """Hold `more` besides. Raises: HoldRefused, StoreUnreachable; then the hold is as it was, or larger."""
         assert self.state == "open", "only a hold that was taken can be extended"
         booking = msgspec.structs.replace(self.booking, ceiling=self.booking.ceiling.plus(more))
-        self._standings = await self._ledger.extend(booking, more)
+        if self.local is not None:
+            self.local.extend(more, {limit.unit for limit in booking.limits})
+            self._standings = self.local.standings
+        else:
+            self._standings = await self._ledger.extend(booking, more)
         self.booking = booking
 
     def report(self, used: Amounts) -> None:
@@ -199,9 +122,11 @@ class LeasedLedger:
     Args:
         store: where the books are.
         limits: what is limited.
-        clock: epoch seconds; only for `taken_s` and how long a settlement is kept for replay.
+        clock: epoch seconds; only for what the store may have to be told later.
         lease_s: how long a hold outlives its process.
         timeout_s: how long a request waits for the store.
+        offline_share: of each limit, may be spent without the store; 0: nothing.
+        monotonic: seconds; only for what is spent without the store.
     """
 
     def __init__(
@@ -212,6 +137,8 @@ class LeasedLedger:
         clock: Callable[[], float],
         lease_s: float = LEASE_S,
         timeout_s: float = 1.0,
+        offline_share: float = 0.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -221,8 +148,12 @@ class LeasedLedger:
         self._limits: dict[str, list[Limit]] = {}
         self._undelivered: deque[Settlement] = deque()
         self._in_flight: set[asyncio.Future[None]] = set()
-        self._recent: deque[tuple[float, Settlement]] = deque()
-        self._is_lost = False
+        self._offline: Offline | None = None
+        if offline_share:
+            self._offline = Offline(
+                store, self._owner, offline_share, release=self._release, clock=clock, monotonic=monotonic
+            )
+        self.is_lost = False
         self._swept = 0
         self._debt = NOTHING
         self.open: dict[str, LeasedHold] = {}
@@ -262,7 +193,10 @@ class LeasedLedger:
     def figures(self) -> Figures:
         """What is known without asking the store."""
         waiting = len(self._undelivered) + len(self._in_flight)
-        return Figures(is_reachable=not self._is_lost, waiting=waiting, swept=self._swept, debt=self._debt)
+        offline = 0 if self._offline is None else self._offline.granted
+        return Figures(
+            is_reachable=not self.is_lost, waiting=waiting, swept=self._swept, debt=self._debt, offline=offline
+        )
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """What was settled on these days, both included. Raises: StoreUnreachable."""
@@ -277,14 +211,25 @@ class LeasedLedger:
 
         Raises: HoldRefused; StoreUnreachable when the store does not answer in time, at once while it is lost.
         """
-        return await self._in_time(lambda: self._store.take(booking, self._lease_s))
+        if self._offline is not None:
+            self._offline.see(booking.limits)
+        return await self._with_room(lambda: self._store.take(booking, self._lease_s), booking.ceiling.by_unit())
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
         """Extend a hold in the store. Raises: as `take`."""
-        return await self._in_time(lambda: self._store.extend(booking, more))
+        return await self._with_room(lambda: self._store.extend(booking, more), more.by_unit(requests=0))
+
+    async def _with_room(self, call: Callable[[], Awaitable[list[Standing]]], need: Mapping[Unit, int]) -> list[Standing]:
+        """As `_in_time`; where the room that is short is set aside for being offline, that is given back."""
+        try:
+            return await self._in_time(call)
+        except HoldRefused as refused:
+            if self._offline is None or not self._offline.give_back(refused.standings, need):
+                raise
+        return await self._in_time(call)
 
     async def _in_time(self, call: Callable[[], Awaitable[list[Standing]]]) -> list[Standing]:
-        if self._is_lost:
+        if self.is_lost:
             raise StoreUnreachable(UNREACHABLE)
         pause_s = FIRST_PAUSE_S
         try:
@@ -301,14 +246,25 @@ class LeasedLedger:
             self._lose()
             raise StoreUnreachable(UNREACHABLE) from None
 
+    def grant(self, booking: Booking, unreachable: StoreUnreachable) -> tuple[Booking, OfflineHold]:
+        """Hold in what this process may spend while the store is lost. Raises: StoreUnreachable."""
+        if self._offline is None or not self.is_lost:
+            raise unreachable
+        return self._offline.grant(booking)
+
     def settle(self, booking: Booking, used: Amounts, *, was_taken: bool = True) -> None:
         """Send the end of a hold to the store; kept and sent again until the store has it."""
         settlement = Settlement(booking=booking, used=used, ended_s=self._clock(), was_taken=was_taken)
-        self._debt = self._debt.plus(settlement.used.beyond(settlement.booking.ceiling))
-        if self._is_lost:
+        overrun = used.beyond(booking.ceiling)
+        if overrun != NOTHING:
+            self._debt = self._debt.plus(overrun)
+        if self.is_lost:
             self._undelivered.append(settlement)
         else:
             self._deliver([settlement])
+
+    def _release(self, booking: Booking) -> None:
+        self.settle(booking, NOTHING, was_taken=False)
 
     def _deliver(self, settlements: list[Settlement]) -> None:
         delivery = self._store.settle(settlements)
@@ -318,24 +274,15 @@ class LeasedLedger:
     def _was_delivered(self, delivery: asyncio.Future[None], settlements: list[Settlement]) -> None:
         self._in_flight.discard(delivery)
         if delivery.cancelled() or delivery.exception() is not None:
-            self._undelivered.extend(settlements)
-            self._lose()
-            return
-        self._remember(settlements)
-
-    def _remember(self, settlements: Sequence[Settlement]) -> None:
-        """Keep what a store that comes back may have lost."""
-        if not self._store.replay_s:
-            return
-        now_s = self._clock()
-        self._recent.extend((now_s, settlement) for settlement in settlements if settlement.was_taken)
-        while self._recent and self._recent[0][0] < now_s - self._store.replay_s:
-            self._recent.popleft()
+            self._undelivered.extend(settlements)  # for the next beat
 
     def _lose(self) -> None:
-        if not self._is_lost:
-            self._is_lost = True
-            log.error("the budget store does not answer: requests are refused until it does")
+        if not self.is_lost:
+            self.is_lost = True
+            if self._offline is not None:
+                self._offline.begin()
+            instead = "requests are refused" if self._offline is None else "this replica spends its slices"
+            log.error("the budget store does not answer: %s until it does", instead)
 
     async def run(self) -> None:
         """Report every REPORT_S, sweep every SWEEP_S, and try a lost store again, until cancelled."""
@@ -349,11 +296,13 @@ class LeasedLedger:
         """Find out whether a lost store is back, report what the open holds have used, and sweep."""
         try:
             async with asyncio.timeout(self._lease_s / 4):
-                if self._is_lost:
+                if self.is_lost or self._undelivered:
                     await self._recover()
                 await self._report()
                 if sweeps:
                     self._swept += await self._store.sweep(self._lease_s)
+                    if self._offline is not None:
+                        await self._offline.beat(set(self._in_force.values()))
         except (StoreUnreachable, TimeoutError):
             self._lose()
 
@@ -364,21 +313,38 @@ class LeasedLedger:
         for hold_id in await self._store.report(progress, self._lease_s):
             hold = self.open.get(hold_id)
             if hold is not None:  # the store lost it; it was granted, so it is entered again whatever is free now
-                await self._store.take(hold.booking, self._lease_s, is_certain=True)
+                await self._enter(hold)
+
+    async def _enter(self, hold: LeasedHold) -> None:
+        local, hold.local = hold.local, None  # from now on it is the store's
+        try:
+            await self._store.take(hold.booking, self._lease_s, is_certain=True)
+        except HoldEnded:
+            log.info("a hold was swept before it was entered")  # its settlement will correct that
+        except BaseException:
+            hold.local = local
+            raise
 
     async def _recover(self) -> None:
-        """Tell a store that is back what it missed, and what it may have lost with its last writes."""
-        await self._store.settle([settlement for _, settlement in self._recent])
+        """Tell a store that is back what it missed; then slices are given back."""
         delivered = 0
-        while self._undelivered:  # more may come while these are on their way
+        if self.is_lost:
+            await self._store.report([], self._lease_s)  # is anybody there?
+        while self._undelivered or any(hold.local for hold in self.open.values()):  # more may come meanwhile
             waiting = list(self._undelivered)
-            await self._store.settle(waiting)
+            if waiting:
+                await self._store.settle(waiting)
             for _ in waiting:
                 self._undelivered.popleft()
-            self._remember(waiting)
             delivered += len(waiting)
-        self._is_lost = False
-        log.warning("the budget store is back", extra={"settlements": delivered})
+            for hold in [hold for hold in self.open.values() if hold.local]:
+                if hold.state == "open":
+                    await self._enter(hold)
+        if self.is_lost:
+            self.is_lost = False
+            if self._offline is not None:
+                self._offline.end()
+            log.warning("the budget store is back", extra={"settlements": delivered})
 
     async def close(self) -> None:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""

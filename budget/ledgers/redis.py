@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha1
 from importlib.resources import files
@@ -25,12 +26,11 @@ import msgspec
 from budget.books import RATES, rate_standing, refusal
 from budget.errors import HoldEnded, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Limit, Standing, Unit, UsageRow
-from budget.ledgers.leased import Booking, Settlement
+from budget.ledgers.offline import SLICE_LEASE_S
+from budget.ledgers.store import Booking, Settlement
 from budget.ledgers.redis_line import Line, Wire
 
 REPLAY_S = 60.0
-SLICE_LEASE_S = 300.0
-SILENT_S = 86400.0  # as in books.lua: what a replica did that was silent for longer may have been forgotten
 AT_ONCE = 100  # holds of one script: longer ones would keep everybody else waiting
 KEPT_LIMITS = 10_000
 UNITS: dict[Unit, int] = {"tokens": 1, "thinking_tokens": 2, "usd": 3, "requests": 4, "concurrency": 5}
@@ -62,7 +62,6 @@ class RedisStore:
     """
 
     kind = "redis"
-    replay_s = REPLAY_S
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class RedisStore:
         self._outbox: list[Settlement] = []
         self._delivery: asyncio.Future[None] | None = None
         self._owner = ""
-        self.retell: Callable[[], Sequence[Settlement]] = tuple
+        self._recent: deque[tuple[float, Settlement]] = deque()
 
     # ------------------------------------------------------------------------------------------- holds
 
@@ -142,10 +141,20 @@ class RedisStore:
             return
         ids = done.result() if len(settlements) <= AT_ONCE else [each for some in done.result() for each in some]
         if not ids:
-            delivery.set_result(None)
+            self._remember(settlements, delivery)
             return
         entered = asyncio.gather(*self._send_unknown(wire, settlements, set(ids)))
-        entered.add_done_callback(lambda done: _has_failed(done, delivery) or delivery.set_result(None))
+        entered.add_done_callback(
+            lambda done: _has_failed(done, delivery) or self._remember(settlements, delivery)
+        )
+
+    def _remember(self, settlements: list[Settlement], delivery: asyncio.Future[None]) -> None:
+        """The server has them; should it lose them, they can be told again."""
+        delivery.set_result(None)
+        now_s = asyncio.get_running_loop().time()
+        self._recent.extend((now_s, settlement) for settlement in settlements if settlement.was_taken)
+        while self._recent and self._recent[0][0] < now_s - REPLAY_S:
+            self._recent.popleft()
 
     def _send_settlements(self, wire: Wire, settlements: Sequence[Settlement]) -> Iterator[asyncio.Future[Any]]:
         for some in _by(AT_ONCE, settlements):
@@ -166,6 +175,7 @@ class RedisStore:
                     booking.hold_id,
                     booking.owner,
                     booking.taken_s,
+                    False if booking.slices else settlement.ended_s,
                     _label(booking),
                     _amounts(booking.ceiling, booking.requests),
                     _amounts(settlement.used, int(settlement.was_taken)),
@@ -177,7 +187,7 @@ class RedisStore:
         """See Store."""
         wire = self._line.wire or await self._line.open()
         replies = []
-        for some in _by(AT_ONCE, progress):
+        for some in _by(AT_ONCE, progress) if progress else ((),):
             given: list[Any] = [lease_s]
             for hold_id, used in some:
                 given += (hold_id, _amounts(used, 1))
@@ -236,7 +246,7 @@ class RedisStore:
     async def _greet(self, wire: Wire) -> None:
         """Make a server that was just connected to ready: the scripts, and settlements that it may have lost."""
         await asyncio.gather(*(wire.send(pack(b"SCRIPT", b"LOAD", source)) for source in self._sources.values()))
-        recent = self.retell()
+        recent = [settlement for _, settlement in self._recent]
         replies = await asyncio.gather(*self._send_settlements(wire, recent))
         await asyncio.gather(*self._send_unknown(wire, recent, {hold_id for ids in replies for hold_id in ids}))
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from budget.errors import BudgetError, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
-from budget.ledgers.leased import Booking, Settlement
+from budget.ledgers.store import Booking, Settlement
 from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet
 
 T = TypeVar("T")
@@ -54,7 +54,6 @@ class SqliteStore:
     """
 
     kind = "sqlite"
-    replay_s = 0.0
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class LeasedMachine(LedgerMachine):
         process = self.processes[pick % 2]
         store = process.store
         assert store is not None
-        calls = (["ping"] + ["deliver"] * bool(process.pending)) * process.is_lost()
+        calls = ["ping"] * process.is_lost() + ["deliver"] * bool(process.pending)
         calls += ["report"] * bool(process.open) + ["sweep"]
         faults = [*store.faults, *[store.always] * len(calls)]
         swept = process.ledger.figures().swept

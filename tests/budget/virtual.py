@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from budget.errors import StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
-from budget.ledgers.leased import Booking, Settlement, Store
+from budget.ledgers.store import Booking, Settlement, Store
 
 T = TypeVar("T")
 Fault = Literal["before", "after"]
@@ -67,7 +67,6 @@ class FaultyStore:
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.kind = store.kind
-        self.replay_s = store.replay_s
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
         return await self._call(lambda: self._store.take(booking, lease_s, is_certain=is_certain))

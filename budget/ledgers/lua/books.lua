@@ -81,20 +81,25 @@ end
 
 -- ------------------------------------------------------------------------------------------------------- rates
 
--- The present level of a rate, when it was last seen, and the amount by which it runs out: the limit's at the last hold.
-local function level_of(limit)
-  local packed = call('GET', key_of(limit))
-  if not packed then
-    return 0, now_s, limit[AMOUNT]
-  end
-  local level, seen_s, amount = unpack(cmsgpack.unpack(packed))
-  return max(0, level - max(0, now_s - seen_s) / (RATE_S[limit[WINDOW]] / amount)), seen_s, amount
-end
-
 -- An empty bucket says no more than none at all, so it may expire; a day late, as clocks jump back.
 local function set_level(limit, level, amount)
   local live_s = level * RATE_S[limit[WINDOW]] / amount + JUMP_BACK_S
   call('SET', key_of(limit), cmsgpack.pack({level, now_s, amount}), 'EX', int(live_s))
+end
+
+-- The present level of a rate, and the amount by which it runs out: the limit's at the last hold. Whoever looks after the
+-- clock was set back takes the bucket along.
+local function level_of(limit)
+  local packed = call('GET', key_of(limit))
+  if not packed then
+    return 0, limit[AMOUNT]
+  end
+  local level, seen_s, amount = unpack(cmsgpack.unpack(packed))
+  if seen_s > now_s then
+    set_level(limit, level, amount)
+    return level, amount
+  end
+  return max(0, level - (now_s - seen_s) / (RATE_S[limit[WINDOW]] / amount)), amount
 end
 
 -- ------------------------------------------------------------------------------------------- calendar windows
@@ -161,12 +166,8 @@ end
 -- In one limit, what a hold held becomes `new_held` and what it settled `new_settled`.
 local function replace(limit, held, settled, new_held, new_settled)
   if RATE_S[limit[WINDOW]] then
-    local moved = new_held + new_settled - held - settled
-    if moved ~= 0 then
-      local level, _, amount = level_of(limit)
-      set_level(limit, max(0, level + moved), amount)
-    end
-    return
+    local level, amount = level_of(limit)
+    return set_level(limit, max(0, level + new_held + new_settled - held - settled), amount)
   end
   if new_held ~= held then
     call('HINCRBY', key_of(limit), limit[START] .. 'h', int(new_held - held))

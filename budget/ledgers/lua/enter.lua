@@ -1,9 +1,12 @@
 -- Settles a hold that is unknown here: these books lost it, or it was granted while they could not be reached.
--- Given: id, owner, when it was taken, label, amounts held, amounts used, limits.
+-- Given: id, owner, when it was taken, and when it ended if it was known here once, label, amounts held, amounts used, limits.
 
-local id, owner, taken_s, label, amounts, used, limits = unpack(cmsgpack.unpack(ARGV[1]))
+local id, owner, taken_s, ended_s, label, amounts, used, limits = unpack(cmsgpack.unpack(ARGV[1]))
 if call('EXISTS', tag .. ':h:' .. id) == 1 or call('ZSCORE', tag .. ':ended:' .. owner, id) then
   return
+end
+if ended_s and now_s - ended_s > SILENT_S then
+  return -- it may have been settled before its owner fell silent, and that is forgotten by now
 end
 for _, limit in ipairs(limits) do
   local held, spent = count(limit, amounts), count(limit, used)

@@ -17,12 +17,8 @@ local function look()
   for i, limit in ipairs(limits) do
     local need = count(limit, amounts)
     if RATE_S[limit[WINDOW]] then
-      local level, seen_s, amount = level_of(limit)
-      if seen_s > now_s then
-        set_level(limit, level, amount) -- the clock was set back, and the level runs out from now on
-      end
-      found[i] = {level, 0, true}
-      fits = fits and need <= max(0, floor(limit[AMOUNT] - level + ROUNDING))
+      found[i] = {level_of(limit)}
+      fits = fits and need <= max(0, floor(limit[AMOUNT] - found[i][1] + ROUNDING))
     else
       found[i] = {present_page(limit)}
       fits = fits and need <= max(0, limit[AMOUNT] - found[i][1] - found[i][2])
