@@ -212,8 +212,7 @@ class RedisStore:
         wire = self._line.wire or await self._line.open()
         self._flush()
         first, last = (first_day - EPOCH).days, (last_day - EPOCH).days
-        kept = sorted(int(day) for day in await wire.send(pack(b"SMEMBERS", f"{self._tag}:days")))
-        days = [day for day in kept if first <= day <= last]
+        days = [int(day) for day in await wire.send(pack(b"ZRANGEBYSCORE", f"{self._tag}:days", first, last))]
         found = await asyncio.gather(*(wire.send(pack(b"HGETALL", f"{self._tag}:u:{day}")) for day in days))
         return [row for day, fields in zip(days, found, strict=True) for row in _usage_rows(day, fields)]
 

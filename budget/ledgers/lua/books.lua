@@ -12,7 +12,8 @@
 --                          has settled it `x`, at what, until its owner says how it really ended.
 -- TAG:leases, TAG:slices   hold ids by when their lease ends; those of slices are apart.
 -- TAG:ended:OWNER          ids of holds that have ended, by when: they are neither taken nor settled again.
--- TAG:u:DAY, TAG:days      usage: LABEL|r requests, |t tokens, |k thinking tokens, |n nano-USD; days since 1970.
+-- TAG:u:DAY, TAG:days      usage: LABEL|r requests, |t tokens, |k thinking tokens, |n nano-USD; days since 1970, by
+--                          themselves.
 --
 -- Lua knows doubles only: counts are exact below 2^53.
 
@@ -26,7 +27,7 @@ local LABEL, DAY, AMOUNTS, LIMITS = 1, 2, 3, 4 -- of a hold's record
 local LENGTH_S = {hour = 3600, day = 86400}
 local RATE_S = {second = 1, minute = 60}
 local JUMP_BACK_S, ROUNDING, KEPT_WINDOWS = 86400, 1e-6, 3
-local ENDED_S, SILENT_S, KEPT_S = 120, 86400, 400 * 86400
+local ENDED_S, SILENT_S, KEPT_DAYS = 120, 86400, 400
 
 local now_s = tonumber(ARGV[2])
 if not now_s then
@@ -140,7 +141,7 @@ local function keep_window(limit)
     end
   end
   call('HSET', key, 'n', starts[#starts])
-  call('EXPIRE', key, KEPT_S)
+  call('EXPIRE', key, KEPT_DAYS * 86400)
 end
 
 -- Enters the present window into a limit; what it has settled and holds, and whether it is known yet. A clock that was
@@ -191,8 +192,7 @@ local function enter_usage(record, used, sign)
     if used[i] ~= 0 then
       local sum = call('HINCRBY', key, label .. what, int(sign * used[i]))
       if i == REQUESTS and sum == used[i] then
-        call('EXPIRE', key, KEPT_S)
-        call('SADD', tag .. ':days', record[DAY])
+        call('ZADD', tag .. ':days', record[DAY], record[DAY])
       end
     end
   end

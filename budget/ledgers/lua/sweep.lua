@@ -1,5 +1,5 @@
--- Settles holds whose lease is over at what they last reported, and forgets which holds of an owner ended long ago.
--- Only the owner asks for that: while it cannot reach these books, it may not know yet that they have its settlements.
+-- Settles holds whose lease is over at what they last reported; forgets usage that is too old, and which holds of an
+-- owner ended long ago. Only the owner asks for that: while it cannot reach these books, it may not know yet that they have its settlements.
 -- Given: how many at most, owner, the longest lease of a hold in s, and of a slice. A lease that is longer was
 -- given by a clock that was ahead.
 -- Returns: how many.
@@ -27,6 +27,10 @@ local function sweep(leases, lease_s)
   end
 end
 
+for _, day in ipairs(call('ZRANGEBYSCORE', tag .. ':days', '-inf', floor(now_s / 86400) - KEPT_DAYS)) do
+  call('DEL', tag .. ':u:' .. day)
+  call('ZREM', tag .. ':days', day)
+end
 sweep(tag .. ':leases', longest_s)
 sweep(tag .. ':slices', longest_slice_s)
 call('ZREMRANGEBYSCORE', tag .. ':ended:' .. owner, '-inf', exact(now_s - ENDED_S))
