@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from fastapi import FastAPI
 
-from budget.memory import MemoryLedger
+from budget.ledgers.memory import MemoryLedger
 from gateway import __version__
 from gateway.api.admin import Admin
 from gateway.api.admin_door import REQUEST_ID

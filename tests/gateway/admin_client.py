@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from budget.ledger import Amounts, LedgerHealth, UsageRow
-from budget.memory import MemoryLedger
+from budget.ledgers.memory import MemoryLedger
 from gateway.app import Gateway
 from gateway.config import Config
 from tests.gateway.asgi import Answered, ask, gateway_of

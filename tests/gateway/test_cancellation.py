@@ -144,7 +144,7 @@ async def assert_clean(gateway: Live, scripted: ScriptedBackend, tasks: set[asyn
 def settled_tokens(gateway: Live) -> int:
     """What the model's account has settled so far."""
     (account,) = gateway.gateway.ledger.accounts([f"model:{MODEL}"])
-    return account.settled
+    return account.standing(gateway.gateway.ledger.clock()).settled
 
 
 @pytest.mark.parametrize("reason", [None, "disconnect", "envelope", "drain"])

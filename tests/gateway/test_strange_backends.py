@@ -35,6 +35,9 @@ class Held:
     async def __aexit__(self, *_: object) -> None:
         return None
 
+    async def extend(self, more: Amounts) -> None:
+        """Nothing limits."""
+
     def report(self, used: Amounts) -> None:
         """Remember."""
         self.used = used

@@ -82,6 +82,9 @@ class Held:
     def __init__(self) -> None:
         self.reports: list[Amounts] = []
 
+    async def extend(self, more: Amounts) -> None:
+        """Nothing limits."""
+
     def report(self, used: Amounts) -> None:
         """Remember."""
         self.reports.append(used)

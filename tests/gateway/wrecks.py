@@ -257,7 +257,9 @@ class Stage:
             used = sum(lines[case.request_id]["tokens"].values())
             assert received(case.received) <= used <= self.hold, case
         (account,) = self.gateway.gateway.ledger.accounts([f"model:{MODEL}"])
-        assert account.settled == sum(sum(line["tokens"].values()) for line in lines.values())
+        assert account.standing(self.gateway.gateway.ledger.clock()).settled == sum(
+            sum(line["tokens"].values()) for line in lines.values()
+        )
         return [lines[case.request_id] for case in cases]
 
 
