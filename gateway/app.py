@@ -14,18 +14,22 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from budget.errors import StoreUnreachable
 from budget.ledger import Limit
+from budget.ledgers.leased import LeasedLedger
 from budget.ledgers.memory import MemoryLedger
+from budget.ledgers.sqlite import SqliteStore
 from budget.price import nano_usd
 from gateway import __version__
 from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found
 from gateway.auth import Keyring
 from gateway.backends.http_backend import HttpBackend
-from gateway.config_load import secret_sha256s
+from gateway.config_load import ConfigError, secret_sha256s
 from gateway.edge import ClientGone, Exchange, Message, Receive, Scope, Send
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.log import LineWriter
@@ -36,7 +40,7 @@ from gateway.shapes import Decisions
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
-    from budget.ledger import Hold
+    from budget.ledger import Hold, Ledger
     from gateway.config import Config
 
 log = logging.getLogger("thinkgate")
@@ -76,6 +80,18 @@ def ledger_limits(config: Config) -> list[Limit]:
     ]
 
 
+def ledger_of(config: Config) -> Ledger:
+    """The ledger over the configured store. Raises: ConfigError when the store cannot be used."""
+    limits, store = ledger_limits(config), config.store
+    if store.kind == "memory":
+        return MemoryLedger(limits, clock=time.time)
+    try:
+        books = SqliteStore(Path(store.path), clock=time.time, synchronous=store.synchronous)
+    except StoreUnreachable as exc:
+        raise ConfigError(f"store.path: {exc}") from exc
+    return LeasedLedger(books, limits, clock=time.time, lease_s=store.lease_s, timeout_s=store.timeout_s)
+
+
 class Gateway(FastAPI):
     """The ASGI app.
 
@@ -83,7 +99,7 @@ class Gateway(FastAPI):
         config: a validated configuration.
         log_stream: where the request lines go.
 
-    Raises: ConfigError when a secret or credential is missing.
+    Raises: ConfigError when a secret or credential is missing, or the store cannot be used.
     """
 
     def __init__(self, config: Config, *, log_stream: IO[str] = sys.stdout) -> None:
@@ -97,11 +113,15 @@ class Gateway(FastAPI):
         )
         self.lines = LineWriter(log_stream)
         self.serving = serving(config)
-        self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
+        self.ledger = ledger_of(config)
         self.watch = Watch(config.server.timeouts)
         self.is_draining = False
         self.metrics = Metrics(
-            self.ledger.held, lambda: len(self.watch), lambda: self.serving.models, before_scrape=self.lines.flush
+            self.ledger.held,
+            lambda: len(self.watch),
+            lambda: self.serving.models,
+            figures=self.ledger.figures,
+            before_scrape=self.lines.flush,
         )
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
@@ -189,7 +209,8 @@ class Gateway(FastAPI):
     async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            background = [tasks.create_task(self.watch.run()), tasks.create_task(self._sweep())]
+            work = (self.watch.run(), self._sweep(), self.ledger.run())
+            background = [tasks.create_task(each) for each in work]
             self._watch_slots()
             try:
                 yield

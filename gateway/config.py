@@ -19,6 +19,12 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 SMALLEST_USD = 1e-9
+MOST = 2**53  # of a limit, in tokens or nano-USD: up to there every store counts exactly
+STORE_KEYS: dict[str, tuple[str, ...]] = {
+    "memory": (),
+    "sqlite": ("path", "synchronous", "lease_s", "timeout_s"),
+    "redis": ("url", "lease_s", "timeout_s"),
+}
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
 
@@ -240,6 +246,9 @@ class LimitConfig(Section):
             raise ValueError(f"amount of {self.unit} must be a whole number, got {self.amount:g}")
         if self.unit == "usd" and self.amount < SMALLEST_USD:
             raise ValueError(f"amount of usd must be at least {SMALLEST_USD} (one nano-dollar), got {self.amount:g}")
+        most = MOST // 10**9 if self.unit == "usd" else MOST
+        if self.amount > most:
+            raise ValueError(f"amount of {self.unit} must be at most {most}, got {self.amount:g}")
         return self
 
 
@@ -247,20 +256,25 @@ class StoreConfig(Section):
     """Where budgets live."""
 
     kind: Literal["memory", "sqlite", "redis"] = "memory"
-    path: str | None = None
+    path: str = Field("thinkgate.db", min_length=1)
+    synchronous: Literal["normal", "full"] = "normal"
     url: str | None = None
+    lease_s: float = Field(10, ge=2, le=3600)
+    timeout_s: float = Field(1, gt=0, le=60)
 
     @field_validator("kind")
     @classmethod
-    def _only_memory_is_built(cls, kind: str) -> str:
-        if kind != "memory":
-            raise ValueError(f"the {kind} store is not built yet: use `memory` (budgets end with the process)")
+    def _is_built(cls, kind: str) -> str:
+        if kind == "redis":
+            raise ValueError("the redis store is not built yet: use `sqlite`, or `memory` (budgets end with it)")
         return kind
 
     @model_validator(mode="after")
-    def _address_fits(self) -> Self:
-        if self.path is not None or self.url is not None:
-            raise ValueError("the memory store takes neither `path` nor `url`")
+    def _keys_fit_the_kind(self) -> Self:
+        wrong = sorted(self.model_fields_set - {"kind", *STORE_KEYS[self.kind]})
+        if wrong:
+            takes = ", ".join(f"`{name}`" for name in STORE_KEYS[self.kind]) or "no other key"
+            raise ValueError(f"the {self.kind} store has no `{wrong[0]}`: it takes {takes}")
         return self
 
 
@@ -341,6 +355,8 @@ class Config(Section):
         ]
         if self.server.workers > 1 and self.store.kind == "memory":
             problems.append("server.workers: above 1 needs a shared store; the memory store belongs to one process")
+        elif self.server.workers > 1:
+            problems.append("server.workers: above 1 is not built yet: start several gateways on one store")
         if self.server.workers > 1 and embedded:
             problems.append(f"server.workers: above 1 would load the embedded engine of {embedded[0]} several times")
         metrics = self.server.metrics

@@ -16,13 +16,14 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import msgspec
 
 from budget.books import tightest
 from budget.errors import HoldEnded, HoldRefused, StoreUnreachable
-from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow
+from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Used, told
+from budget.ledgers.store import Booking, Settlement, Store
 
 log = logging.getLogger("thinkgate.ledger")
 NOTHING = Amounts()
@@ -34,99 +35,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = "The budget store does not answer, so nothing can be held. Try again shortly."
 
 
-class Booking(msgspec.Struct, frozen=True, kw_only=True):
-    """A hold as its store keeps it.
-
-    Attributes:
-        hold_id: unique for ever; what makes every call idempotent.
-        owner: the process whose lease it is.
-        scopes, mode: for the usage it is entered under.
-        limits: all that apply, of all scopes.
-        ceiling: what is held.
-        taken_s: epoch seconds by the owner's clock; tells the windows of a hold that its store has lost.
-    """
-
-    hold_id: str
-    owner: str
-    scopes: tuple[str, ...]
-    mode: str
-    limits: tuple[Limit, ...]
-    ceiling: Amounts
-    taken_s: float
-
-
-class Settlement(msgspec.Struct, frozen=True, kw_only=True):
-    """The end of a hold.
-
-    Attributes:
-        booking: as extended.
-        used: what replaces the hold.
-        ended_s: epoch seconds by the owner's clock.
-        was_taken: False when nobody knows whether the store took it: then it is only released, for good.
-    """
-
-    booking: Booking
-    used: Amounts
-    ended_s: float
-    was_taken: bool = True
-
-
-class Store(Protocol):
-    """What a store does, each call atomically and by the store's own clock. All raise StoreUnreachable.
-
-    Calls are carried out in the order in which they were made.
-
-    Attributes:
-        kind: as in the configuration.
-        replay_s: settlements this recent are told again when it comes back, since it may have lost them.
-    """
-
-    kind: str
-    replay_s: float
-
-    async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
-        """Hold in every limit or in none; the standings afterwards. Again with the same id: no change.
-
-        `is_certain` holds without looking at what is free: for a hold that was granted and then lost by the store.
-
-        Raises: HoldRefused for the tightest limit that is short; HoldEnded for an id that has ended.
-        """
-
-    async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
-        """Raise a hold to `booking.ceiling`, by `more`, in its own windows. Again with the same ceiling: no change.
-
-        Raises: HoldRefused, then the hold is as it was; HoldEnded when it was swept or has ended.
-        """
-
-    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
-        """Replace holds by their use, each exactly once. One that a sweep settled is corrected, once.
-
-        What was used without being held at that time is debt: beyond the ceiling, or beyond what was swept.
-
-        A hold that is unknown here, though it was taken: a store that may lose writes (`replay_s`) enters it all the
-        same, in the windows of `taken_s`, if it ended not longer ago than settled holds are remembered; otherwise it
-        was settled already. In line from the call on, before any later call; the future tells when the store has it.
-        """
-
-    async def report(self, progress: Sequence[tuple[str, Amounts]], lease_s: float) -> list[str]:
-        """Renew the leases of holds, by id, and note what they used so far; the ids that it has lost."""
-
-    async def sweep(self, lease_s: float) -> int:
-        """Settle holds whose lease is over at what was last reported; how many there were.
-
-        No lease is longer than `lease_s` from now on: one that is was given by a clock that was ahead.
-        """
-
-    async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
-        """What was settled on these days, both included."""
-
-    async def health(self) -> LedgerHealth:
-        """How it is; never raises."""
-
-    async def close(self) -> None:
-        """Let go of files and connections."""
-
-
 class LeasedHold:
     """See budget.ledger.Hold."""
 
@@ -136,7 +44,7 @@ class LeasedHold:
         self._ledger = ledger
         self._standings: Sequence[Standing] = ()
         self.booking = booking
-        self.used = NOTHING
+        self.used: Used = NOTHING
         self.state = "new"
 
     @property
@@ -170,7 +78,7 @@ class LeasedHold:
         if self.state == "open":
             self.state = "ended"
             del self._ledger.open[self.booking.hold_id]
-            self._ledger.settle(self.booking, self.used)
+            self._ledger.settle(self.booking, told(self.used))
 
     async def extend(self, more: Amounts) -> None:
         """Hold `more` besides. Raises: HoldRefused, StoreUnreachable; then the hold is as it was, or larger."""
@@ -179,8 +87,8 @@ class LeasedHold:
         self._standings = await self._ledger.extend(booking, more)
         self.booking = booking
 
-    def report(self, used: Amounts) -> None:
-        """Say what was used so far; it goes to the store with the next report."""
+    def report(self, used: Used) -> None:
+        """Say what was used so far, or how to find out; it goes to the store with the next report."""
         self.used = used
 
     def remaining(self, unit: Unit) -> Remaining | None:
@@ -251,7 +159,7 @@ class LeasedLedger:
     def held(self) -> Amounts:
         """Everything this process holds now."""
         total = NOTHING
-        for hold in self.open.values():
+        for hold in list(self.open.values()):  # metrics ask from another thread
             total = total.plus(hold.ceiling)
         return total
 
@@ -313,11 +221,14 @@ class LeasedLedger:
 
     def _was_delivered(self, delivery: asyncio.Future[None], settlements: list[Settlement]) -> None:
         self._in_flight.discard(delivery)
-        if delivery.cancelled() or delivery.exception() is not None:
+        exc = StoreUnreachable() if delivery.cancelled() else delivery.exception()
+        if isinstance(exc, StoreUnreachable):
             self._undelivered.extend(settlements)
             self._lose()
-            return
-        self._remember(settlements)
+        elif exc is not None:  # a bug, which would come again: a sweep settles what was last reported
+            log.error("a settlement failed", exc_info=exc)
+        else:
+            self._remember(settlements)
 
     def _remember(self, settlements: Sequence[Settlement]) -> None:
         """Keep what a store that comes back may have lost."""
@@ -352,11 +263,13 @@ class LeasedLedger:
                     self._swept += await self._store.sweep(self._lease_s)
         except (StoreUnreachable, TimeoutError):
             self._lose()
+        except Exception:  # a bug must not end the requests that run
+            log.exception("the ledger's round failed")
 
     async def _report(self) -> None:
         if not self.open:
             return
-        progress = [(hold.booking.hold_id, hold.used) for hold in self.open.values()]
+        progress = [(hold.booking.hold_id, told(hold.used)) for hold in self.open.values()]
         for hold_id in await self._store.report(progress, self._lease_s):
             hold = self.open.get(hold_id)
             if hold is not None:  # the store lost it; it was granted, so it is entered again whatever is free now
@@ -368,7 +281,12 @@ class LeasedLedger:
         delivered = 0
         while self._undelivered:  # more may come while these are on their way
             waiting = list(self._undelivered)
-            await self._store.settle(waiting)
+            try:
+                await self._store.settle(waiting)
+            except StoreUnreachable:
+                raise
+            except Exception:  # a bug, as above
+                log.exception("settlements failed")
             for _ in waiting:
                 self._undelivered.popleft()
             self._remember(waiting)

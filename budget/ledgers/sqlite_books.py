@@ -19,7 +19,7 @@ from budget.accounts import Account, Books, CalendarAccount, RateAccount, hold_i
 from budget.books import KEPT_DAYS, RATES, window_end
 from budget.errors import HoldEnded, HoldRefused
 from budget.ledger import Amounts, LedgerHealth, Limit, Standing, Unit, UsageRow, Window
-from budget.ledgers.leased import Booking, Settlement
+from budget.ledgers.store import Booking, Settlement
 
 VERSION = 1
 SCHEMA = (

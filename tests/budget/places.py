@@ -15,9 +15,10 @@ from typing import ClassVar
 from budget.accounts import CalendarAccount
 from budget.books import RATES
 from budget.ledger import Ledger, Limit, Unit, Window
-from budget.ledgers.leased import LeasedLedger, Store
+from budget.ledgers.leased import LeasedLedger
 from budget.ledgers.memory import MemoryLedger
 from budget.ledgers.sqlite import SqliteStore
+from budget.ledgers.store import Store
 from tests.budget.clocks import Clock
 
 Key = tuple[str, Unit, Window | None]

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from budget.errors import StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
-from budget.ledgers.leased import Booking, Settlement, Store
+from budget.ledgers.store import Booking, Settlement, Store
 
 T = TypeVar("T")
 Fault = Literal["before", "after"]

@@ -163,9 +163,21 @@ def test_two_models_do_not_share_a_default() -> None:
         ("limits", [limit(unit="concurrency")], "limits[0]: concurrency has no `window`; every other unit needs one"),
         ("limits", [limit(unit="usd")], "limits[0]: a usd limit needs models.qwen3.price_usd_per_mtok"),
         ("limits", [limit(), limit(amount=5)], "limits[1]: limits model:qwen3 as limits[0] does already: keep one"),
-        ("store.kind", "sqlite", "store.kind: the sqlite store is not built yet: use `memory`"),
-        ("store.kind", "redis", "store.kind: the redis store is not built yet: use `memory`"),
-        ("store.path", "x.db", "store: the memory store takes neither `path` nor `url`"),
+        ("limits", [limit(amount=1e17)], "limits[0]: amount of tokens must be at most 9007199254740992, got 1e+17"),
+        ("store.kind", "redis", "store.kind: the redis store is not built yet: use `sqlite`"),
+        ("store.path", "x.db", "store: the memory store has no `path`: it takes no other key"),
+        (
+            "store",
+            {"kind": "sqlite", "url": "redis://h"},
+            "store: the sqlite store has no `url`: it takes `path`",
+        ),
+        ("store", {"kind": "sqlite", "synchronous": "off"}, "store.synchronous: Input should be 'normal' or 'full'"),
+        (
+            "store",
+            {"kind": "sqlite", "lease_s": 1},
+            "store.lease_s: Input should be greater than or equal to 2",
+        ),
+        ("store", {"kind": "sqlite", "timeout_s": 0}, "store.timeout_s: Input should be greater than 0 (got 0)"),
         ("routing.default_mode", "agentic", "routing.default_mode: Input should be 'auto', 'instant' or 'reasoning'"),
         ("server.host", "0.0.0.0", "server.host: '0.0.0.0' would answer anyone, since no `keys` are configured"),
         ("server.workers", 2, "server.workers: above 1 needs a shared store"),
@@ -266,6 +278,18 @@ def test_without_keys_only_loopback_is_bound(host: str) -> None:
     """A gateway that answers anyone stays on this machine; with a key it may listen anywhere."""
     assert config(("server.host", host)).server.host == host
     assert config(("server.host", "0.0.0.0"), ("keys", [key()])).server.host == "0.0.0.0"
+
+
+def test_a_store_in_a_file_has_defaults() -> None:
+    """The SQLite store needs no key but its kind."""
+    store = config(("store", {"kind": "sqlite"})).store
+    assert (store.path, store.synchronous, store.lease_s, store.timeout_s) == ("thinkgate.db", "normal", 10, 1)
+
+
+def test_several_workers_are_refused_also_with_a_shared_store() -> None:
+    """A number of workers that would have no effect stops the start."""
+    (line,) = problems(("server.workers", 2), ("store", {"kind": "sqlite"}))
+    assert line.startswith("server.workers: above 1 is not built yet")
 
 
 def test_workers_would_load_the_embedded_engine_several_times() -> None:
