@@ -76,8 +76,13 @@ class LeasedPlace(Place):
     """In a store that processes share.
 
     Attributes:
+        kind: as in the configuration.
         lease_s: of every hold. No sum of the steps that tests make is as long.
+        address: what another process needs to know to open the books.
     """
+
+    kind: ClassVar[str]
+    address: str
 
     lease_s: ClassVar[float] = 10.0625
     timeout_s: ClassVar[float] = 10.0
@@ -121,14 +126,19 @@ class LeasedPlace(Place):
 class SqlitePlace(LeasedPlace):
     """In a file."""
 
+    kind = "sqlite"
     store_class: ClassVar[type[SqliteStore]] = SqliteStore
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.address = str(folder / "thinkgate.db")
+
     def store(self) -> SqliteStore:
-        return self.store_class(self.folder / "thinkgate.db", clock=self.clock)
+        return self.store_class(Path(self.address), clock=self.clock)
 
     async def read(self) -> dict[Key, dict[int, Counts]]:
         found: dict[Key, dict[int, Counts]] = {}
-        with closing(sqlite3.connect(self.folder / "thinkgate.db")) as connection:
+        with closing(sqlite3.connect(self.address)) as connection:
             for scope, unit, window, start_s, *counts in connection.execute(
                 "SELECT scope, unit, window, start_s, settled, held, debt FROM books"
             ):
