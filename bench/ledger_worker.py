@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from budget.ledger import Amounts, Ledger, Limit, Unit, Window
-from budget.ledgers.leased import LeasedLedger, Store
+from budget.ledgers.leased import LeasedLedger
 from budget.ledgers.memory import MemoryLedger
+from budget.ledgers.store import Store
 
 CEILING = Amounts(tokens=1500, thinking_tokens=1000, nano_usd=1_200_000)
 USED = Amounts(tokens=700, thinking_tokens=400, nano_usd=500_000)

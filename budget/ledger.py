@@ -9,7 +9,7 @@ has ended, held = 0 and settled = every token received from a backend.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -163,6 +163,14 @@ class Figures(msgspec.Struct, kw_only=True):
     offline: int = 0
 
 
+Used = Amounts | Callable[[], Amounts]
+
+
+def told(used: Used) -> Amounts:
+    """What was used, as a hold was told."""
+    return used if isinstance(used, Amounts) else used()
+
+
 class Hold(Protocol):
     """A reservation in every scope of a request, as an async context manager.
 
@@ -188,8 +196,8 @@ class Hold(Protocol):
         Raises: HoldRefused, StoreUnreachable; then the hold is as it was.
         """
 
-    def report(self, used: Amounts) -> None:
-        """Say what was used so far; cheap, called while streaming."""
+    def report(self, used: Used) -> None:
+        """Say what was used so far, or how to find out: a function is asked whenever it matters."""
 
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit` over the hold's scopes; None when nothing limits it."""

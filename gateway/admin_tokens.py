@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from budget.records.port import Note
 from gateway.admins import Actor, Path, parse_paths
 from gateway.audit import audited
-from gateway.config import Section
+from gateway.config_base import Section
 from gateway.errors import ConflictingChange, EntryNotFound, PermissionDenied, Unauthenticated
 from gateway.kept import TOKENS, KeptToken, Role, moment
 from gateway.keys import check_end

@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from budget.ledgers.memory import MemoryLedger
 from gateway import __version__
 from gateway.api.admin import Admin
 from gateway.api.admin_door import REQUEST_ID
@@ -33,14 +32,13 @@ from gateway.metrics import Metrics
 from gateway.models import Model, Slot, build_models
 from gateway.record import Record
 from gateway.shapes import Decisions
-from gateway.store import open_records
+from gateway.store import open_ledger, open_records
 from gateway.stored import Stored
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
-    from budget.ledger import Hold
+    from budget.ledger import Hold, Ledger
     from gateway.config import Config
-    from gateway.usage import LedgerReports
 
 log = logging.getLogger("thinkgate")
 SWEEP_S = 1.0
@@ -74,7 +72,7 @@ class Gateway(FastAPI):
         config: a validated configuration.
         log_stream: where the request lines go.
 
-    Raises: ConfigError when a secret or credential is missing.
+    Raises: ConfigError when a secret or credential is missing, or the store cannot be used.
     """
 
     def __init__(self, config: Config, *, log_stream: IO[str] = sys.stdout) -> None:
@@ -96,12 +94,16 @@ class Gateway(FastAPI):
             on_read=self._store_was_read,
         )
         self.serving = serving(config, self.stored)
-        self.admin = Admin(self.stored, lambda: self.serving.config, lambda: cast("LedgerReports", self.ledger))
-        self.ledger = MemoryLedger(self.admin.limits.in_force(config), clock=clock)
+        self.admin = Admin(self.stored, lambda: self.serving.config, lambda: self.ledger)
+        self.ledger: Ledger = open_ledger(config.store, self.admin.limits.in_force(config), clock=clock)
         self.watch = Watch(config.server.timeouts)
         self.is_draining = False
         self.metrics = Metrics(
-            self.ledger.held, lambda: len(self.watch), lambda: self.serving.models, before_scrape=self.lines.flush
+            self.ledger.held,
+            lambda: len(self.watch),
+            lambda: self.serving.models,
+            figures=self.ledger.figures,
+            before_scrape=self.lines.flush,
         )
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
@@ -199,11 +201,8 @@ class Gateway(FastAPI):
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             await self.stored.follow()
-            background = [
-                tasks.create_task(self.watch.run()),
-                tasks.create_task(self._sweep()),
-                tasks.create_task(self.stored.keep_up()),
-            ]
+            work = (self.watch.run(), self._sweep(), self.ledger.run(), self.stored.keep_up())
+            background = [tasks.create_task(each) for each in work]
             self._watch_slots()
             try:
                 yield

@@ -1,7 +1,8 @@
 """The configuration: one frozen model, validated once, passed down.
 
-Owns: every key of the file (docs/config.md), its default and what a wrong value should have been.
-Does not own: reading files and the environment (config_load.py), nor secrets, which are only named here.
+Owns: every key of the file (docs/config.md), its default and what a wrong value should have been; those of `limits`
+and `store` are in config_budgets.py. Does not own: reading files and the environment (config_load.py), nor secrets,
+which are only named here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Collection
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from gateway.config_base import Section
+from gateway.config_budgets import LimitConfig, StoreConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -19,9 +23,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
-SMALLEST_USD = 1e-9
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SCOPE = re.compile(r"(org|team|user|key|model|tag):\S+")
 
 
 def _is_variable(name: str) -> str:
@@ -31,12 +33,6 @@ def _is_variable(name: str) -> str:
 
 
 Variable = Annotated[str, AfterValidator(_is_variable)]
-
-
-class Section(BaseModel):
-    """A part of the file: unknown keys are errors, values never change after the start."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Metrics(Section):
@@ -119,7 +115,7 @@ class ThinkingConfig(Section):
     wrap_up: str = "\n\nTime is up: I answer with what I have.\n"
     native: bool = True
     enforce: Literal["auto", "native", "two_phase"] = "auto"
-    off: dict[str, object] = {"chat_template_kwargs": {"enable_thinking": False}}
+    off: dict[str, object] = Field({"chat_template_kwargs": {"enable_thinking": False}})
 
     @field_validator("off")
     @classmethod
@@ -229,54 +225,6 @@ class KeyConfig(KeyTraits):
         return self
 
 
-class LimitConfig(Section):
-    """What a scope may spend per window."""
-
-    scope: str
-    unit: Literal["tokens", "thinking_tokens", "usd", "requests", "concurrency"]
-    amount: float = Field(gt=0)
-    window: Literal["second", "minute", "hour", "day", "month", "total"] | None = None
-
-    @model_validator(mode="after")
-    def _window_fits_unit(self) -> Self:
-        if not SCOPE.fullmatch(self.scope):
-            raise ValueError("scope must be org:, team:, user:, key:, model: or tag: and a name")
-        if (self.unit == "concurrency") != (self.window is None):
-            raise ValueError("concurrency has no `window`; every other unit needs one")
-        if self.unit != "usd" and self.amount != int(self.amount):
-            raise ValueError(f"amount of {self.unit} must be a whole number, got {self.amount:g}")
-        if self.unit == "usd" and self.amount < SMALLEST_USD:
-            raise ValueError(f"amount of usd must be at least {SMALLEST_USD} (one nano-dollar), got {self.amount:g}")
-        return self
-
-
-class StoreConfig(Section):
-    """Where budgets, and keys and limits made through the admin API, live."""
-
-    kind: Literal["memory", "sqlite", "redis"] = "memory"
-    path: str | None = None
-    url: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sqlite_has_a_file(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("kind") == "sqlite" and values.get("path") is None:
-            return {**values, "path": "thinkgate.db"}
-        return values
-
-    @model_validator(mode="after")
-    def _address_fits(self) -> Self:
-        if self.kind == "memory" and (self.path is not None or self.url is not None):
-            raise ValueError("the memory store takes neither `path` nor `url`: name its `kind`, sqlite or redis")
-        if self.kind == "sqlite" and self.url is not None:
-            raise ValueError("the sqlite store takes a `path`, no `url`")
-        if self.kind == "redis" and self.path is not None:
-            raise ValueError("the redis store takes a `url`, no `path`")
-        if self.kind == "redis" and not (self.url or "").startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("the redis store needs `url`, such as redis://127.0.0.1:6379/0")
-        return self
-
-
 class Routing(Section):
     """Which mode a request gets that names none."""
 
@@ -359,6 +307,8 @@ class Config(Section):
         ]
         if self.server.workers > 1 and self.store.kind == "memory":
             problems.append("server.workers: above 1 needs a shared store; the memory store belongs to one process")
+        elif self.server.workers > 1:
+            problems.append("server.workers: above 1 is not built yet: start several gateways on one store")
         if self.server.workers > 1 and embedded:
             problems.append(f"server.workers: above 1 would load the embedded engine of {embedded[0]} several times")
         metrics = self.server.metrics

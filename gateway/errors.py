@@ -17,6 +17,7 @@ Source of the table: docs/api.md, "Errors".
     ├── LimitExceeded             429  the ledger refused: rate, budget spent, budget held
     ├── Overloaded                503  no healthy backend, queue full, draining
     ├── StoreUnavailable          503  the store of keys and limits cannot be reached
+    ├── BudgetStoreUnreachable    503  nothing can be held, so nothing is spent
     ├── UpstreamRejected          4xx  the backend's own refusal of this request, passed through
     ├── UpstreamError             502  the backend answered badly or broke off
     └── DeadlinePassed            504
@@ -222,6 +223,18 @@ class StoreUnavailable(GatewayError):
     status = 503
     type = "service_unavailable_error"
     default_code = "store_unavailable"
+    is_retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class BudgetStoreUnreachable(GatewayError):
+    """The ledger's store does not answer: without a hold nothing is spent."""
+
+    status = 503
+    type = "service_unavailable_error"
+    default_code = "budget_store_unreachable"
     is_retryable = True
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:

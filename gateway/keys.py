@@ -19,7 +19,8 @@ from gateway.admins import Actor
 from gateway.audit import audited
 from gateway.auth import ANYONE, Key
 from gateway.complaint import invalid_model
-from gateway.config import Config, KeyConfig, KeyTraits, Section
+from gateway.config import Config, KeyConfig, KeyTraits
+from gateway.config_base import Section
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest
 from gateway.kept import KEYS, KeptKey, KeptSecret, moment
 from gateway.secret import KEY_PREFIX

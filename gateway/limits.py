@@ -16,11 +16,12 @@ from budget.price import nano_usd
 from budget.records.port import Note
 from gateway.admins import Actor
 from gateway.audit import audited
-from gateway.config import Config, LimitConfig
+from gateway.config_budgets import LimitConfig
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest
 from gateway.kept import LIMITS, KeptLimit, moment
 
 if TYPE_CHECKING:
+    from gateway.config import Config
     from gateway.keys import Keys
     from gateway.stored import Stored
 

@@ -81,7 +81,8 @@ class Reloader:
         """What a running process cannot change is said, not ignored. Raises: ConfigError."""
         old, new = self._gateway.serving.config.server, config.server
         changed = [f"server.{name}" for name in FIXED if getattr(old, name) != getattr(new, name)]
-        changed += ["store"] if config.store != self._gateway.serving.config.store else []
+        if self._gateway.serving.config.store != config.store:
+            changed.append("store")
         if changed:
             raise ConfigError(f"{', '.join(changed)}: cannot change while running: restart instead")
 

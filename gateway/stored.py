@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from budget.errors import Conflict, RecordsUnreachable
 from budget.records.port import Note, Record, Records
 from gateway.auth import Key
-from gateway.config import KeyTraits, LimitConfig
+from gateway.config import KeyTraits
+from gateway.config_budgets import LimitConfig
 from gateway.errors import ConflictingChange
 from gateway.kept import (
     HASHER,

@@ -9,11 +9,11 @@ import csv
 import datetime as dt
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
-from budget.ledger import LedgerHealth, UsageRow
+from budget.ledger import UsageRow
 from budget.price import NANO_PER_USD
-from gateway.config import Section
+from gateway.config_base import Section
 from gateway.errors import InvalidRequest
 
 Dimension = Literal["scope", "model", "mode", "day"]
@@ -21,16 +21,6 @@ DIMENSIONS: tuple[Dimension, ...] = ("day", "scope", "model", "mode")
 SUMS = ("requests", "tokens", "thinking_tokens", "nano_usd")
 MOST_GROUPS = 10_000
 MODEL = "model:"
-
-
-class LedgerReports(Protocol):
-    """What a ledger tells beside holding and settling."""
-
-    async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
-        """What was settled on these days (UTC), both included."""
-
-    async def health(self) -> LedgerHealth:
-        """How its store is."""
 
 
 class UsageEntry(Section):

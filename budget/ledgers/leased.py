@@ -24,7 +24,7 @@ import msgspec
 
 from budget.books import tightest
 from budget.errors import HoldEnded, HoldRefused, StoreUnreachable
-from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow
+from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Used, told
 from budget.ledgers.offline import Offline, OfflineHold
 from budget.ledgers.store import Booking, Settlement, Store
 
@@ -55,7 +55,7 @@ class LeasedHold:
         self.booking = booking
         self.local: OfflineHold | None = None
         self.is_offline = False
-        self.used = NOTHING
+        self.used: Used = NOTHING
         self.state = "new"
 
     @property
@@ -91,9 +91,10 @@ class LeasedHold:
         if self.state == "open":
             self.state = "ended"
             del self._ledger.open[self.booking.hold_id]
+            used = told(self.used)
             if self.local is not None:
-                self.local.settle(self.used)
-            self._ledger.settle(self.booking, self.used)
+                self.local.settle(used)
+            self._ledger.settle(self.booking, used)
 
     async def extend(self, more: Amounts) -> None:
         """Hold `more` besides. Raises: HoldRefused, StoreUnreachable; then the hold is as it was, or larger."""
@@ -106,8 +107,8 @@ class LeasedHold:
             self._standings = await self._ledger.extend(booking, more)
         self.booking = booking
 
-    def report(self, used: Amounts) -> None:
-        """Say what was used so far; it goes to the store with the next report."""
+    def report(self, used: Used) -> None:
+        """Say what was used so far, or how to find out; it goes to the store with the next report."""
         self.used = used
 
     def remaining(self, unit: Unit) -> Remaining | None:
@@ -161,7 +162,7 @@ class LeasedLedger:
 
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits; what is settled and held stays, in the store."""
-        in_force = tightest(limits)
+        in_force = self._in_force = tightest(limits)
         self._limits = {}
         for limit in in_force.values():
             self._limits.setdefault(limit.scope, []).append(limit)
@@ -186,7 +187,7 @@ class LeasedLedger:
     def held(self) -> Amounts:
         """Everything this process holds now."""
         total = NOTHING
-        for hold in self.open.values():
+        for hold in list(self.open.values()):  # metrics ask from another thread
             total = total.plus(hold.ceiling)
         return total
 
@@ -219,7 +220,9 @@ class LeasedLedger:
         """Extend a hold in the store. Raises: as `take`."""
         return await self._with_room(lambda: self._store.extend(booking, more), more.by_unit(requests=0))
 
-    async def _with_room(self, call: Callable[[], Awaitable[list[Standing]]], need: Mapping[Unit, int]) -> list[Standing]:
+    async def _with_room(
+        self, call: Callable[[], Awaitable[list[Standing]]], need: Mapping[Unit, int]
+    ) -> list[Standing]:
         """As `_in_time`; where the room that is short is set aside for being offline, that is given back."""
         try:
             return await self._in_time(call)
@@ -273,8 +276,11 @@ class LeasedLedger:
 
     def _was_delivered(self, delivery: asyncio.Future[None], settlements: list[Settlement]) -> None:
         self._in_flight.discard(delivery)
-        if delivery.cancelled() or delivery.exception() is not None:
+        exc = StoreUnreachable() if delivery.cancelled() else delivery.exception()
+        if isinstance(exc, StoreUnreachable):
             self._undelivered.extend(settlements)  # for the next beat
+        elif exc is not None:  # a bug, which would come again: a sweep settles what was last reported
+            log.error("a settlement failed", exc_info=exc)
 
     def _lose(self) -> None:
         if not self.is_lost:
@@ -305,11 +311,13 @@ class LeasedLedger:
                         await self._offline.beat(set(self._in_force.values()))
         except (StoreUnreachable, TimeoutError):
             self._lose()
+        except Exception:  # a bug must not end the requests that run
+            log.exception("the ledger's round failed")
 
     async def _report(self) -> None:
         if not self.open:
             return
-        progress = [(hold.booking.hold_id, hold.used) for hold in self.open.values()]
+        progress = [(hold.booking.hold_id, told(hold.used)) for hold in self.open.values()]
         for hold_id in await self._store.report(progress, self._lease_s):
             hold = self.open.get(hold_id)
             if hold is not None:  # the store lost it; it was granted, so it is entered again whatever is free now
@@ -333,7 +341,7 @@ class LeasedLedger:
         while self._undelivered or any(hold.local for hold in self.open.values()):  # more may come meanwhile
             waiting = list(self._undelivered)
             if waiting:
-                await self._store.settle(waiting)
+                await self._tell(waiting)
             for _ in waiting:
                 self._undelivered.popleft()
             delivered += len(waiting)
@@ -345,6 +353,14 @@ class LeasedLedger:
             if self._offline is not None:
                 self._offline.end()
             log.warning("the budget store is back", extra={"settlements": delivered})
+
+    async def _tell(self, waiting: Sequence[Settlement]) -> None:
+        try:
+            await self._store.settle(waiting)
+        except StoreUnreachable:
+            raise
+        except Exception:  # a bug, as above
+            log.exception("settlements failed")
 
     async def close(self) -> None:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""

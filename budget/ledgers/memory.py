@@ -14,7 +14,7 @@ from typing import Self
 
 from budget.accounts import Account, Books, account_of, hold_in
 from budget.books import JUMP_BACK_S, KEPT_DAYS, tightest
-from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Window
+from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Used, Window, told
 
 NOTHING = Amounts()
 
@@ -31,7 +31,7 @@ class MemoryHold:
         self._day = 0
         self._accounts: list[Account] = []
         self._books: list[Books] = []
-        self._used = NOTHING
+        self._used: Used = NOTHING
         self._is_open = False
         self.ceiling = ceiling
 
@@ -50,8 +50,9 @@ class MemoryHold:
         """Settle what was last reported, once."""
         if self._is_open:
             self._is_open = False
-            self._ledger.settle(self._accounts, self._books, self.ceiling, self._used)
-            self._ledger.enter_usage(self._day, self._scopes, self._mode, self._used)
+            used = told(self._used)
+            self._ledger.settle(self._accounts, self._books, self.ceiling, used)
+            self._ledger.enter_usage(self._day, self._scopes, self._mode, used)
 
     async def extend(self, more: Amounts) -> None:
         """Hold `more` besides. Raises: HoldRefused; then the hold is as it was."""
@@ -59,8 +60,8 @@ class MemoryHold:
         self._ledger.extend(self._accounts, self._books, more)
         self.ceiling = self.ceiling.plus(more)
 
-    def report(self, used: Amounts) -> None:
-        """Say what was used so far."""
+    def report(self, used: Used) -> None:
+        """Say what was used so far, or how to find out."""
         self._used = used
 
     def remaining(self, unit: Unit) -> Remaining | None:

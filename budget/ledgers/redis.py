@@ -27,8 +27,8 @@ from budget.books import RATES, rate_standing, refusal
 from budget.errors import HoldEnded, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Limit, Standing, Unit, UsageRow
 from budget.ledgers.offline import SLICE_LEASE_S
-from budget.ledgers.store import Booking, Settlement
 from budget.ledgers.redis_line import Line, Wire
+from budget.ledgers.store import Booking, Settlement
 
 REPLAY_S = 60.0
 AT_ONCE = 100  # holds of one script: longer ones would keep everybody else waiting
@@ -45,7 +45,6 @@ SCRIPTS = {
     "sweep": ("books", "sweep"),
     "held": ("books", "held"),
 }
-
 
 
 class RedisStore:
@@ -144,9 +143,7 @@ class RedisStore:
             self._remember(settlements, delivery)
             return
         entered = asyncio.gather(*self._send_unknown(wire, settlements, set(ids)))
-        entered.add_done_callback(
-            lambda done: _has_failed(done, delivery) or self._remember(settlements, delivery)
-        )
+        entered.add_done_callback(lambda done: _has_failed(done, delivery) or self._remember(settlements, delivery))
 
     def _remember(self, settlements: list[Settlement], delivery: asyncio.Future[None]) -> None:
         """The server has them; should it lose them, they can be told again."""

@@ -25,8 +25,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from budget.errors import BudgetError, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
-from budget.ledgers.store import Booking, Settlement
 from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet
+from budget.ledgers.store import Booking, Settlement
 
 T = TypeVar("T")
 MOST_CALLS = 128  # of one transaction: other processes want to write, too
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 class SqliteStore:
-    """See budget.ledgers.leased.Store. To be used from one event loop.
+    """See budget.ledgers.store.Store. To be used from one event loop.
 
     Args:
         path: of the file; it is created, and `-wal` and `-shm` beside it. Not on a network file system.

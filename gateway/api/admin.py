@@ -21,9 +21,9 @@ from gateway.keys import Keys
 from gateway.limits import Limits
 
 if TYPE_CHECKING:
+    from budget.ledger import Ledger
     from gateway.config import Config
     from gateway.stored import Stored
-    from gateway.usage import LedgerReports
 
 ROUTERS = (keys, limits, access, reports)
 
@@ -47,7 +47,7 @@ class Admin:
         ledger: what tells usage and health.
     """
 
-    def __init__(self, stored: Stored, config: Callable[[], Config], ledger: Callable[[], LedgerReports]) -> None:
+    def __init__(self, stored: Stored, config: Callable[[], Config], ledger: Callable[[], Ledger]) -> None:
         def root() -> tuple[str, str]:
             variable = config().server.admin_token_env
             return environment().get(variable, "").strip(), variable

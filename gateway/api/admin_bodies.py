@@ -13,7 +13,9 @@ from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
 from gateway.admin_tokens import TokenEntry
 from gateway.audit import AuditEntry
-from gateway.config import KeyTraits, LimitConfig, Section
+from gateway.config import KeyTraits
+from gateway.config_base import Section
+from gateway.config_budgets import LimitConfig
 from gateway.kept import Role, moment
 from gateway.keys import GRACE_S, MOST_GRACE_S, KeyEntry
 from gateway.limits import LimitEntry

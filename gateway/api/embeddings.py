@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Raw
 
-from budget.errors import HoldRefused
+from budget.errors import HoldRefused, StoreUnreachable
 from budget.ledger import Amounts
 from budget.tokens import TokenCounts
 from gateway.backends.events import UsageBody
@@ -54,7 +54,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
             await exchange.respond(
                 200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered
             )
-    except HoldRefused as exc:
+    except (HoldRefused, StoreUnreachable) as exc:
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 

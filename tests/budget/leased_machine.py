@@ -17,6 +17,7 @@ from tests.budget.model import Entry
 from tests.budget.places import LeasedPlace, Place, SqlitePlace
 from tests.budget.virtual import Fault, FaultyStore
 
+LITTLE = st.builds(Amounts, tokens=st.integers(0, 3), thinking_tokens=st.integers(0, 3), nano_usd=st.integers(0, 3))
 FAULT: st.SearchStrategy[Fault] = st.sampled_from(["before", "after"])
 SWEPT_KEPT_S = 20 * 3600  # less than any store remembers what it swept
 
@@ -98,7 +99,7 @@ class LeasedMachine(LedgerMachine):
         self.hold(pick, scopes, ceiling, "instant")
 
     @precondition(lambda self: self.any_open())
-    @rule(pick=PICK, fault=FAULT, more=AMOUNTS)
+    @rule(pick=PICK, fault=FAULT, more=LITTLE)
     def extend_at_the_second_attempt(self, pick: int, fault: Fault, more: Amounts) -> None:
         """The first one, or its answer, gets lost."""
         self.lose_one(self.processes.index(self.pick_open(pick)[0]), fault)

@@ -21,6 +21,7 @@ from tests.budget.places import MemoryPlace, Place
 from tests.budget.virtual import Fault, FaultyStore, VirtualLoop
 
 T = TypeVar("T")
+MEMORY = Path("/dev/shm")  # where it is there, no play waits for a disk
 NEW_YEAR_2024 = dt.datetime(2024, 1, 1, tzinfo=dt.UTC).timestamp()
 SCOPES = ("key:a", "team:ml", "org:acme")
 KINDS: list[tuple[Unit, Window | None]] = [
@@ -98,7 +99,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
         self.runner = asyncio.Runner(loop_factory=VirtualLoop)
         self.place = self.place_class(Path(self.folder.name))
         self.place.clock.now = self.latest_s = NEW_YEAR_2024

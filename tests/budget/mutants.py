@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from budget.accounts import Account, Books
 from budget.ledger import Amounts, Limit, Standing
-from budget.ledgers.store import Booking, Settlement
 from budget.ledgers.memory import MemoryLedger
 from budget.ledgers.sqlite import SqliteStore
 from budget.ledgers.sqlite_books import Sheet
+from budget.ledgers.store import Booking, Settlement
 
 Accounts = Sequence[Account]
 Pages = Sequence[Books]

@@ -16,10 +16,10 @@ from budget.accounts import CalendarAccount
 from budget.books import RATES
 from budget.ledger import Ledger, Limit, Unit, Window
 from budget.ledgers.leased import LeasedLedger
-from budget.ledgers.store import Store
 from budget.ledgers.memory import MemoryLedger
 from budget.ledgers.redis import RedisStore
 from budget.ledgers.sqlite import SqliteStore
+from budget.ledgers.store import Store
 from tests.budget.clocks import Clock
 from tests.budget.valkey import valkey
 
@@ -78,8 +78,13 @@ class LeasedPlace(Place):
     """In a store that processes share.
 
     Attributes:
+        kind: as in the configuration.
         lease_s: of every hold. No sum of the steps that tests make is as long.
+        address: what another process needs to know to open the books.
     """
+
+    kind: ClassVar[str]
+    address: str
 
     lease_s: ClassVar[float] = 10.0625
     timeout_s: ClassVar[float] = 10.0
@@ -123,14 +128,19 @@ class LeasedPlace(Place):
 class SqlitePlace(LeasedPlace):
     """In a file."""
 
+    kind = "sqlite"
     store_class: ClassVar[type[SqliteStore]] = SqliteStore
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.address = str(folder / "thinkgate.db")
+
     def store(self) -> SqliteStore:
-        return self.store_class(self.folder / "thinkgate.db", clock=self.clock)
+        return self.store_class(Path(self.address), clock=self.clock)
 
     async def read(self) -> dict[Key, dict[int, Counts]]:
         found: dict[Key, dict[int, Counts]] = {}
-        with closing(sqlite3.connect(self.folder / "thinkgate.db")) as connection:
+        with closing(sqlite3.connect(self.address)) as connection:
             for scope, unit, window, start_s, *counts in connection.execute(
                 "SELECT scope, unit, window, start_s, settled, held, debt FROM books"
             ):
@@ -158,7 +168,9 @@ class RedisPlace(LeasedPlace):
             scope, unit, window = key.decode().removeprefix("{thinkgate}:a:").rsplit("|", 2)
             fields = {name.decode(): int(number) for name, number in self._client.hgetall(key).items()}
             counts = {
-                int(name[:-1]): tuple(fields.get(name[:-1] + what, 0) for what in "shd") for name in fields if name != "n"
+                int(name[:-1]): tuple(fields.get(name[:-1] + what, 0) for what in "shd")
+                for name in fields
+                if name != "n"
             }
             found[scope, unit, window or None] = counts
         return found

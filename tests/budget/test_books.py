@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +45,23 @@ def test_a_clock_set_back_stays_in_the_newest_window(window: Window) -> None:
     assert present_window(window, now - 3600, [start]) == start
     assert present_window(window, now - 86_400, [start - 7, start]) == start
     assert present_window(window, now, [start, int(now) + 86_401]) == start
+
+
+@pytest.mark.parametrize("zone", ["Europe/Vienna", "America/St_Johns", "UTC"])
+def test_daylight_saving_changes_no_window(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine's own clock has days of 23 and 25 hours, every budget's day has 24, from midnight UTC."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        for first in (utc(2024, 3, 10), utc(2024, 3, 31), utc(2024, 10, 27), utc(2024, 11, 3)):
+            for hour in range(49):
+                start = window_start("day", first + hour * 3600)
+                assert start == first + hour // 24 * 86_400
+                assert window_end("day", start) == start + 86_400
+        assert window_end("month", window_start("month", utc(2024, 3, 31, 23))) == utc(2024, 4, 1)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @given(

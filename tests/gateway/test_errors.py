@@ -14,6 +14,7 @@ import pytest
 import gateway
 from gateway.backends.http import UpstreamUnreachable
 from gateway.errors import (
+    BudgetStoreUnreachable,
     ConflictingChange,
     DeadlinePassed,
     EntryNotFound,
@@ -36,6 +37,7 @@ from tests.gateway.asgi import ask, gateway_of
 from tests.gateway.still import CHAT, config_of
 
 NO_RETRY = {"x-should-retry": "false"}
+NEXT = {"retry-after": "1", "retry-after-ms": "1000"}
 SOON = {"retry-after": "2", "retry-after-ms": "1500"}
 
 # error, status, type, code, headers: docs/api.md, "Errors".
@@ -69,8 +71,9 @@ TABLE: list[tuple[GatewayError, int, str, str | None, dict[str, str]]] = [
         503,
         "service_unavailable_error",
         "server_is_overloaded",
-        {"retry-after": "1", "retry-after-ms": "1000"},
+        NEXT,
     ),
+    (BudgetStoreUnreachable("x"), 503, "service_unavailable_error", "budget_store_unreachable", NEXT),
     (Overloaded("x", retry_after_s=1.5), 503, "service_unavailable_error", "server_is_overloaded", SOON),
     (UpstreamError("x"), 502, "upstream_error", "upstream_error", {}),
     (UpstreamError("x", retry_after_s=1.5), 502, "upstream_error", "upstream_error", SOON),

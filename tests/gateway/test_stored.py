@@ -12,7 +12,7 @@ import pytest
 
 from budget.errors import RecordsUnreachable
 from budget.records.port import Note
-from gateway.config import LimitConfig
+from gateway.config_budgets import LimitConfig
 from gateway.errors import ConflictingChange, StoreUnavailable, Unauthenticated
 from gateway.kept import HASHER, KEYS, LIMITS, KeptKey, KeptLimit
 from gateway.secret import KEY_BYTES, Hasher, new_secret
