@@ -34,6 +34,7 @@ LEASE_S = 10.0
 REPORT_S = 0.5
 SWEEP_S = 1.0
 CLOSE_S = 5.0  # for the last settlements to reach the store
+MOST_REMEMBERED = 10_000  # combinations of scopes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = "The budget store does not answer, so nothing can be held. Try again shortly."
 
@@ -112,8 +113,11 @@ class LeasedHold:
 
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit`, as of the last call to the store."""
-        mine = [standing for standing in self._standings if standing.limit.unit == unit]
-        return min(mine, key=lambda standing: standing.free).remaining() if mine else None
+        least: Standing | None = None
+        for standing in self._standings:
+            if standing.limit.unit == unit and (least is None or standing.free < least.free):
+                least = standing
+        return None if least is None else least.remaining()
 
 
 class LeasedLedger:
@@ -146,8 +150,9 @@ class LeasedLedger:
         self._timeout_s = timeout_s
         self._owner = secrets.token_hex(8)
         self._limits: dict[str, list[Limit]] = {}
+        self._limits_of: dict[tuple[str, ...], tuple[Limit, ...]] = {}
         self._undelivered: deque[Settlement] = deque()
-        self._in_flight: set[asyncio.Future[None]] = set()
+        self._in_flight: dict[asyncio.Future[None], list[Settlement]] = {}
         self._offline: Offline | None = None
         if offline_share:
             self._offline = Offline(
@@ -163,6 +168,7 @@ class LeasedLedger:
         """Replace the limits; what is settled and held stays, in the store."""
         in_force = tightest(limits)
         self._limits = {}
+        self._limits_of.clear()
         for limit in in_force.values():
             self._limits.setdefault(limit.scope, []).append(limit)
         for hold in self.open.values():  # extensions meet the new amounts
@@ -172,16 +178,26 @@ class LeasedLedger:
 
     def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> LeasedHold:
         """A hold to be entered with `async with`."""
+        scopes = tuple(scopes)
         booking = Booking(
             hold_id=secrets.token_hex(12),
             owner=self._owner,
-            scopes=tuple(scopes),
+            scopes=scopes,
             mode=mode,
-            limits=tuple(limit for scope in scopes for limit in self._limits.get(scope, ())),
+            limits=self._limits_for(scopes),
             ceiling=ceiling,
             taken_s=self._clock(),
         )
         return LeasedHold(self, booking)
+
+    def _limits_for(self, scopes: tuple[str, ...]) -> tuple[Limit, ...]:
+        limits = self._limits_of.get(scopes)
+        if limits is None:
+            limits = tuple(limit for scope in scopes for limit in self._limits.get(scope, ()))
+            if len(self._limits_of) >= MOST_REMEMBERED:
+                self._limits_of.clear()
+            self._limits_of[scopes] = limits
+        return limits
 
     def held(self) -> Amounts:
         """Everything this process holds now."""
@@ -192,7 +208,7 @@ class LeasedLedger:
 
     def figures(self) -> Figures:
         """What is known without asking the store."""
-        waiting = len(self._undelivered) + len(self._in_flight)
+        waiting = len(self._undelivered) + sum(len(batch) for batch in self._in_flight.values())
         offline = 0 if self._offline is None else self._offline.granted
         return Figures(
             is_reachable=not self.is_lost, waiting=waiting, swept=self._swept, debt=self._debt, offline=offline
@@ -213,6 +229,9 @@ class LeasedLedger:
         """
         if self._offline is not None:
             self._offline.see(booking.limits)
+        elif self._store.is_prompt and not self.is_lost:  # nearly always, and so in few steps
+            with contextlib.suppress(StoreUnreachable):
+                return await self._store.take(booking, self._lease_s)
         return await self._with_room(lambda: self._store.take(booking, self._lease_s), booking.ceiling.by_unit())
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
@@ -255,24 +274,24 @@ class LeasedLedger:
     def settle(self, booking: Booking, used: Amounts, *, was_taken: bool = True) -> None:
         """Send the end of a hold to the store; kept and sent again until the store has it."""
         settlement = Settlement(booking=booking, used=used, ended_s=self._clock(), was_taken=was_taken)
-        overrun = used.beyond(booking.ceiling)
-        if overrun != NOTHING:
-            self._debt = self._debt.plus(overrun)
+        if used.exceeds(booking.ceiling):
+            self._debt = self._debt.plus(used.beyond(booking.ceiling))
         if self.is_lost:
             self._undelivered.append(settlement)
+            return
+        delivery = self._store.settle((settlement,))
+        batch = self._in_flight.get(delivery)
+        if batch is None:
+            self._in_flight[delivery] = [settlement]
+            delivery.add_done_callback(self._was_delivered)
         else:
-            self._deliver([settlement])
+            batch.append(settlement)
 
     def _release(self, booking: Booking) -> None:
         self.settle(booking, NOTHING, was_taken=False)
 
-    def _deliver(self, settlements: list[Settlement]) -> None:
-        delivery = self._store.settle(settlements)
-        self._in_flight.add(delivery)
-        delivery.add_done_callback(lambda done: self._was_delivered(done, settlements))
-
-    def _was_delivered(self, delivery: asyncio.Future[None], settlements: list[Settlement]) -> None:
-        self._in_flight.discard(delivery)
+    def _was_delivered(self, delivery: asyncio.Future[None]) -> None:
+        settlements = self._in_flight.pop(delivery)
         if delivery.cancelled() or delivery.exception() is not None:
             self._undelivered.extend(settlements)  # for the next beat
 
