@@ -60,6 +60,12 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
             nano_usd=self.nano_usd + more.nano_usd,
         )
 
+    def exceeds(self, other: Amounts) -> bool:
+        """Whether it is more in any unit."""
+        return (
+            self.tokens > other.tokens or self.thinking_tokens > other.thinking_tokens or self.nano_usd > other.nano_usd
+        )
+
     def beyond(self, less: Amounts) -> Amounts:
         """What is more than in `less`, unit by unit."""
         return Amounts(
@@ -181,6 +187,10 @@ class Hold(Protocol):
     @property
     def ceiling(self) -> Amounts:
         """What is held, extensions included."""
+
+    @property
+    def is_offline(self) -> bool:
+        """It was granted without the store, out of what this process may spend meanwhile."""
 
     async def __aenter__(self) -> Self:
         """Take the hold. Raises: HoldRefused, StoreUnreachable; then nothing is held anywhere."""

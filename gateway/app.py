@@ -159,7 +159,7 @@ class Gateway(FastAPI):
         return self._epoch_s
 
     def limit_headers(self, hold: Hold) -> Headers:
-        """`x-ratelimit-*` and the remaining budget, where limits exist."""
+        """`x-ratelimit-*` and the remaining budget, where limits exist; and whether it was held without the store."""
         headers: Headers = []
         requests, tokens = hold.remaining("requests"), hold.remaining("tokens")
         if requests is not None:
@@ -176,6 +176,8 @@ class Gateway(FastAPI):
                 (b"x-ratelimit-reset-tokens", duration(tokens.reset_s)),
                 (b"x-thinkgate-budget-remaining-tokens", left),
             ]
+        if hold.is_offline:
+            headers.append((b"x-thinkgate-budget", b"offline"))
         return headers
 
     def reload(self, config: Config) -> None:

@@ -62,6 +62,7 @@ async def serve_completion(
     hold = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode)
     try:
         async with hold:
+            record.is_offline = hold.is_offline
             await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
     except (HoldRefused, StoreUnreachable) as exc:
         raise refusal(exc, gateway.limit_headers(hold)) from exc

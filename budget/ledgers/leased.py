@@ -34,6 +34,7 @@ LEASE_S = 10.0
 REPORT_S = 0.5
 SWEEP_S = 1.0
 CLOSE_S = 5.0  # for the last settlements to reach the store
+MOST_REMEMBERED = 10_000  # combinations of scopes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = "The budget store does not answer, so nothing can be held. Try again shortly."
 
@@ -113,8 +114,11 @@ class LeasedHold:
 
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit`, as of the last call to the store."""
-        mine = [standing for standing in self._standings if standing.limit.unit == unit]
-        return min(mine, key=lambda standing: standing.free).remaining() if mine else None
+        least: Standing | None = None
+        for standing in self._standings:
+            if standing.limit.unit == unit and (least is None or standing.free < least.free):
+                least = standing
+        return None if least is None else least.remaining()
 
 
 class LeasedLedger:
@@ -147,8 +151,9 @@ class LeasedLedger:
         self._timeout_s = timeout_s
         self._owner = secrets.token_hex(8)
         self._limits: dict[str, list[Limit]] = {}
+        self._limits_of: dict[tuple[str, ...], tuple[Limit, ...]] = {}
         self._undelivered: deque[Settlement] = deque()
-        self._in_flight: set[asyncio.Future[None]] = set()
+        self._in_flight: dict[asyncio.Future[None], list[Settlement]] = {}
         self._offline: Offline | None = None
         if offline_share:
             self._offline = Offline(
@@ -164,6 +169,7 @@ class LeasedLedger:
         """Replace the limits; what is settled and held stays, in the store."""
         in_force = self._in_force = tightest(limits)
         self._limits = {}
+        self._limits_of.clear()
         for limit in in_force.values():
             self._limits.setdefault(limit.scope, []).append(limit)
         for hold in self.open.values():  # extensions meet the new amounts
@@ -173,16 +179,26 @@ class LeasedLedger:
 
     def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> LeasedHold:
         """A hold to be entered with `async with`."""
+        scopes = tuple(scopes)
         booking = Booking(
             hold_id=secrets.token_hex(12),
             owner=self._owner,
-            scopes=tuple(scopes),
+            scopes=scopes,
             mode=mode,
-            limits=tuple(limit for scope in scopes for limit in self._limits.get(scope, ())),
+            limits=self._limits_for(scopes),
             ceiling=ceiling,
             taken_s=self._clock(),
         )
         return LeasedHold(self, booking)
+
+    def _limits_for(self, scopes: tuple[str, ...]) -> tuple[Limit, ...]:
+        limits = self._limits_of.get(scopes)
+        if limits is None:
+            limits = tuple(limit for scope in scopes for limit in self._limits.get(scope, ()))
+            if len(self._limits_of) >= MOST_REMEMBERED:
+                self._limits_of.clear()
+            self._limits_of[scopes] = limits
+        return limits
 
     def held(self) -> Amounts:
         """Everything this process holds now."""
@@ -193,7 +209,7 @@ class LeasedLedger:
 
     def figures(self) -> Figures:
         """What is known without asking the store."""
-        waiting = len(self._undelivered) + len(self._in_flight)
+        waiting = len(self._undelivered) + sum(len(batch) for batch in self._in_flight.values())
         offline = 0 if self._offline is None else self._offline.granted
         return Figures(
             is_reachable=not self.is_lost, waiting=waiting, swept=self._swept, debt=self._debt, offline=offline
@@ -214,6 +230,9 @@ class LeasedLedger:
         """
         if self._offline is not None:
             self._offline.see(booking.limits)
+        elif self._store.is_prompt and not self.is_lost:  # nearly always, and so in few steps
+            with contextlib.suppress(StoreUnreachable):
+                return await self._store.take(booking, self._lease_s)
         return await self._with_room(lambda: self._store.take(booking, self._lease_s), booking.ceiling.by_unit())
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
@@ -258,26 +277,26 @@ class LeasedLedger:
     def settle(self, booking: Booking, used: Amounts, *, was_taken: bool = True) -> None:
         """Send the end of a hold to the store; kept and sent again until the store has it."""
         settlement = Settlement(booking=booking, used=used, ended_s=self._clock(), was_taken=was_taken)
-        overrun = used.beyond(booking.ceiling)
-        if overrun != NOTHING:
-            self._debt = self._debt.plus(overrun)
+        if used.exceeds(booking.ceiling):
+            self._debt = self._debt.plus(used.beyond(booking.ceiling))
         if self.is_lost:
             self._undelivered.append(settlement)
+            return
+        delivery = self._store.settle((settlement,))
+        batch = self._in_flight.get(delivery)
+        if batch is None:
+            self._in_flight[delivery] = [settlement]
+            delivery.add_done_callback(self._was_delivered)
         else:
-            self._deliver([settlement])
+            batch.append(settlement)
 
     def _release(self, booking: Booking) -> None:
         self.settle(booking, NOTHING, was_taken=False)
 
-    def _deliver(self, settlements: list[Settlement]) -> None:
-        delivery = self._store.settle(settlements)
-        self._in_flight.add(delivery)
-        delivery.add_done_callback(lambda done: self._was_delivered(done, settlements))
-
-    def _was_delivered(self, delivery: asyncio.Future[None], settlements: list[Settlement]) -> None:
-        self._in_flight.discard(delivery)
+    def _was_delivered(self, delivery: asyncio.Future[None]) -> None:
+        settlements = self._in_flight.pop(delivery)
         exc = StoreUnreachable() if delivery.cancelled() else delivery.exception()
-        if isinstance(exc, StoreUnreachable):
+        if isinstance(exc, StoreUnreachable | asyncio.CancelledError):
             self._undelivered.extend(settlements)  # for the next beat
         elif exc is not None:  # a bug, which would come again: a sweep settles what was last reported
             log.error("a settlement failed", exc_info=exc)
@@ -324,6 +343,8 @@ class LeasedLedger:
                 await self._enter(hold)
 
     async def _enter(self, hold: LeasedHold) -> None:
+        if hold.state != "open":
+            return
         local, hold.local = hold.local, None  # from now on it is the store's
         try:
             await self._store.take(hold.booking, self._lease_s, is_certain=True)
@@ -335,32 +356,34 @@ class LeasedLedger:
 
     async def _recover(self) -> None:
         """Tell a store that is back what it missed; then slices are given back."""
-        delivered = 0
         if self.is_lost:
             await self._store.report([], self._lease_s)  # is anybody there?
-        while self._undelivered or any(hold.local for hold in self.open.values()):  # more may come meanwhile
-            waiting = list(self._undelivered)
-            if waiting:
-                await self._tell(waiting)
-            for _ in waiting:
-                self._undelivered.popleft()
-            delivered += len(waiting)
-            for hold in [hold for hold in self.open.values() if hold.local]:
-                if hold.state == "open":
-                    await self._enter(hold)
+        delivered = 0
+        while self._undelivered or self._local():  # more may come meanwhile
+            delivered += await self._tell_waiting()
+            for hold in self._local():
+                await self._enter(hold)
         if self.is_lost:
             self.is_lost = False
             if self._offline is not None:
                 self._offline.end()
             log.warning("the budget store is back", extra={"settlements": delivered})
 
-    async def _tell(self, waiting: Sequence[Settlement]) -> None:
-        try:
-            await self._store.settle(waiting)
-        except StoreUnreachable:
-            raise
-        except Exception:  # a bug, as above
-            log.exception("settlements failed")
+    def _local(self) -> list[LeasedHold]:
+        return [hold for hold in self.open.values() if hold.local is not None]
+
+    async def _tell_waiting(self) -> int:
+        waiting = list(self._undelivered)
+        if waiting:
+            try:
+                await self._store.settle(waiting)
+            except StoreUnreachable:
+                raise
+            except Exception:  # a bug, as above
+                log.exception("settlements failed")
+        for _ in waiting:
+            self._undelivered.popleft()
+        return len(waiting)
 
     async def close(self) -> None:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""

@@ -53,7 +53,7 @@ class RedisStore:
     Args:
         url: `redis://`, `rediss://` or `unix://`, with all that redis-py reads from it.
         name: of the ledger; those of different names do not see each other.
-        timeout_s: to connect, and for the server to say something.
+        timeout_s: to connect, and for the server to answer a call.
         linger_s: how long a settlement may wait for another call to leave with. That saves system calls.
         clock: epoch seconds, instead of the server's; for tests.
 
@@ -61,6 +61,7 @@ class RedisStore:
     """
 
     kind = "redis"
+    is_prompt = True
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class RedisStore:
         self._outbox: list[Settlement] = []
         self._delivery: asyncio.Future[None] | None = None
         self._owner = ""
-        self._recent: deque[tuple[float, Settlement]] = deque()
+        self._recent: deque[tuple[float, tuple[Settlement, ...]]] = deque()
 
     # ------------------------------------------------------------------------------------------- holds
 
@@ -129,9 +130,11 @@ class RedisStore:
             if not delivery.done():
                 delivery.set_exception(StoreUnreachable("not connected"))
             return
-        replies = list(self._send_settlements(wire, settlements))
-        replied = replies[0] if len(replies) == 1 else asyncio.gather(*replies)
-        replied.add_done_callback(lambda done: self._were_settled(wire, settlements, done, delivery))
+        if len(settlements) <= AT_ONCE:
+            reply = self._send_settlements(wire, settlements)
+        else:
+            reply = asyncio.gather(*(self._send_settlements(wire, some) for some in _by(AT_ONCE, settlements)))
+        reply.add_done_callback(lambda done: self._were_settled(wire, settlements, done, delivery))
 
     def _were_settled(
         self, wire: Wire, settlements: list[Settlement], done: asyncio.Future[Any], delivery: asyncio.Future[None]
@@ -143,23 +146,28 @@ class RedisStore:
             self._remember(settlements, delivery)
             return
         entered = asyncio.gather(*self._send_unknown(wire, settlements, set(ids)))
-        entered.add_done_callback(lambda done: _has_failed(done, delivery) or self._remember(settlements, delivery))
+        entered.add_done_callback(lambda done: self._were_entered(settlements, done, delivery))
+
+    def _were_entered(
+        self, settlements: list[Settlement], done: asyncio.Future[Any], delivery: asyncio.Future[None]
+    ) -> None:
+        if not _has_failed(done, delivery):
+            self._remember(settlements, delivery)
 
     def _remember(self, settlements: list[Settlement], delivery: asyncio.Future[None]) -> None:
         """The server has them; should it lose them, they can be told again."""
         delivery.set_result(None)
         now_s = asyncio.get_running_loop().time()
-        self._recent.extend((now_s, settlement) for settlement in settlements if settlement.was_taken)
-        while self._recent and self._recent[0][0] < now_s - REPLAY_S:
+        self._recent.append((now_s, tuple(settlements)))
+        while self._recent[0][0] < now_s - REPLAY_S:
             self._recent.popleft()
 
-    def _send_settlements(self, wire: Wire, settlements: Sequence[Settlement]) -> Iterator[asyncio.Future[Any]]:
-        for some in _by(AT_ONCE, settlements):
-            given: list[Any] = [some[0].booking.owner]
-            for settlement in some:
-                was_taken = settlement.was_taken
-                given += (settlement.booking.hold_id, was_taken, _amounts(settlement.used, int(was_taken)))
-            yield wire.send(self._command("settle", given))
+    def _send_settlements(self, wire: Wire, settlements: Sequence[Settlement]) -> asyncio.Future[Any]:
+        given: list[Any] = [settlements[0].booking.owner]
+        for settlement in settlements:
+            was_taken = settlement.was_taken
+            given += (settlement.booking.hold_id, was_taken, _amounts(settlement.used, int(was_taken)))
+        return wire.send(self._command("settle", given))
 
     def _send_unknown(
         self, wire: Wire, settlements: Sequence[Settlement], unknown: set[bytes]
@@ -242,8 +250,8 @@ class RedisStore:
     async def _greet(self, wire: Wire) -> None:
         """Make a server that was just connected to ready: the scripts, and settlements that it may have lost."""
         await asyncio.gather(*(wire.send(pack(b"SCRIPT", b"LOAD", source)) for source in self._sources.values()))
-        recent = [settlement for _, settlement in self._recent]
-        replies = await asyncio.gather(*self._send_settlements(wire, recent))
+        recent = [each for _, settlements in self._recent for each in settlements if each.was_taken]
+        replies = await asyncio.gather(*(self._send_settlements(wire, some) for some in _by(AT_ONCE, recent)))
         await asyncio.gather(*self._send_unknown(wire, recent, {hold_id for ids in replies for hold_id in ids}))
 
     def _call(self, wire: Wire, script: str, given: Sequence[Any]) -> asyncio.Future[Any]:

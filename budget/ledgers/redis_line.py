@@ -32,7 +32,7 @@ class Wire(asyncio.Protocol):
 
     Args:
         transport: connected.
-        timeout_s: for a server that has calls to answer to say something.
+        timeout_s: for the server to answer a call.
     """
 
     def __init__(self, transport: asyncio.Transport, timeout_s: float) -> None:
@@ -42,10 +42,9 @@ class Wire(asyncio.Protocol):
         self._transport = transport
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # each with when it is too late
         self._outgoing: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
-        self._was_heard = False
         self.broke: str | None = None
         transport.set_protocol(self)
 
@@ -58,7 +57,7 @@ class Wire(asyncio.Protocol):
         if not self._outgoing:
             self._loop.call_soon(self._flush)
         self._outgoing.append(command)
-        self._waiting.append(reply)
+        self._waiting.append((reply, self._loop.time() + self._timeout_s))
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._look_after)
         return reply
@@ -69,20 +68,20 @@ class Wire(asyncio.Protocol):
             self._outgoing.clear()
 
     def _look_after(self) -> None:
-        """Give up when there were calls to answer for a whole timeout and nothing came."""
+        """Give up when the oldest call was not answered in time."""
         self._watch = None
-        if self._waiting and not self._was_heard:
-            self.give_up("the server does not answer")
-        elif self._waiting:
-            self._was_heard = False
-            self._watch = self._loop.call_later(self._timeout_s, self._look_after)
+        if self._waiting:
+            late_s = self._waiting[0][1]
+            if late_s <= self._loop.time():
+                self.give_up("the server does not answer")
+            else:
+                self._watch = self._loop.call_at(late_s, self._look_after)
 
     def data_received(self, data: bytes) -> None:
         """Give replies to those who wait for them, in order."""
-        self._was_heard = True
         self._reader.feed(data)
         while (answer := self._reader.gets()) is not self and self._waiting:
-            reply = self._waiting.popleft()
+            reply, _ = self._waiting.popleft()
             if isinstance(answer, Exception):
                 self._refuse(reply, str(answer))
             elif not reply.done():
@@ -114,7 +113,7 @@ class Wire(asyncio.Protocol):
         self._transport.abort()
         self._outgoing.clear()
         waiting, self._waiting = self._waiting, deque()
-        for reply in waiting:
+        for reply, _ in waiting:
             if not reply.done():
                 reply.set_exception(StoreUnreachable(why))
 
@@ -124,7 +123,7 @@ class Line:
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, as redis-py reads them. A cluster's nodes lead to the right one.
-        timeout_s: to connect, and for the server to say something.
+        timeout_s: to connect, and for the server to answer a call.
         greet: carried out on each new wire before anything else is sent; may raise StoreUnreachable.
 
     Raises: ImportError without the extra `thinkgate[redis]`; ValueError for a URL that cannot be read.
@@ -179,7 +178,8 @@ class Line:
     async def _connect(self) -> Wire:
         from redis.exceptions import RedisError
 
-        connection = self._connection = self._pool.connection_class(**self._pool.connection_kwargs)
+        connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)  # its types say too little
+        self._connection = connection
         moved_to, self._moved_to = self._moved_to, None
         if moved_to is not None:
             connection.host, connection.port = moved_to

@@ -54,6 +54,7 @@ class SqliteStore:
     """
 
     kind = "sqlite"
+    is_prompt = False
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import msgspec
 from budget.ledger import Amounts, LedgerHealth, Limit, Standing, UsageRow
 
 
-class Booking(msgspec.Struct, frozen=True, kw_only=True):
+class Booking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A hold as its store keeps it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
     slices: tuple[str, ...] = ()
 
 
-class Settlement(msgspec.Struct, frozen=True, kw_only=True):
+class Settlement(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The end of a hold.
 
     Attributes:
@@ -63,9 +63,11 @@ class Store(Protocol):
 
     Attributes:
         kind: as in the configuration.
+        is_prompt: a call that is not carried out soon fails by itself; others may wait for as long as they like.
     """
 
     kind: str
+    is_prompt: bool
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
         """Hold in every limit or in none; the standings afterwards. Again with the same id: no change.

@@ -49,6 +49,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
     hold = gateway.ledger.hold((*key.scopes, model.scope), ceiling)
     try:
         async with hold:
+            record.is_offline = hold.is_offline
             slot, answer = await _embed(model, raw, exchange)
             rendered = _account(answer, model, slot, hold, exchange, record)
             await exchange.respond(

@@ -26,6 +26,7 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "x-thinkgate-backend": ("Id of the backend that served it.", {"type": "string"}),
     "x-thinkgate-overhead-ms": ("Time the gateway itself took before the first byte.", {"type": "number"}),
     "x-thinkgate-budget-remaining-tokens": ("What the tightest token limit has left.", INTEGER),
+    "x-thinkgate-budget": ("`offline`: held without the budget store.", {"const": "offline"}),
     "x-ratelimit-limit-requests": ("The tightest limit of requests.", INTEGER),
     "x-ratelimit-remaining-requests": ("What is left of it.", INTEGER),
     "x-ratelimit-reset-requests": ("Until its window ends.", DURATION),
@@ -38,7 +39,7 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "www-authenticate": ("The challenge.", {"const": "Bearer"}),
 }
 ALWAYS = ("x-request-id",)
-LIMITS = tuple(name for name in HEADERS if name.startswith("x-ratelimit-") or "remaining" in name)
+LIMITS = tuple(name for name in HEADERS if name.startswith(("x-ratelimit-", "x-thinkgate-budget")))
 RETRY = ("retry-after", "retry-after-ms", "x-should-retry")
 ERRORS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "400": ("BadRequest", "Malformed, of a wrong type, contradictory, or not honourable here.", ()),

@@ -152,27 +152,27 @@ class SqlitePlace(LeasedPlace):
 class RedisPlace(LeasedPlace):
     """In a Valkey server, which is emptied first."""
 
+    kind = "redis"
     store_class: ClassVar[type[RedisStore]] = RedisStore
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self.address = valkey().connection_url
         self._client = valkey().client()
         self._client.flushall()
 
     def store(self) -> RedisStore:
-        return self.store_class(valkey().connection_url, linger_s=0.0, clock=self.clock)
+        return self.store_class(self.address, linger_s=0.0, clock=self.clock)
 
     async def read(self) -> dict[Key, dict[int, Counts]]:
         found: dict[Key, dict[int, Counts]] = {}
         for key in self._client.scan_iter("{thinkgate}:a:*", _type="hash"):
             scope, unit, window = key.decode().removeprefix("{thinkgate}:a:").rsplit("|", 2)
             fields = {name.decode(): int(number) for name, number in self._client.hgetall(key).items()}
-            counts = {
-                int(name[:-1]): tuple(fields.get(name[:-1] + what, 0) for what in "shd")
-                for name in fields
-                if name != "n"
+            starts = {name[:-1] for name in fields if name != "n"}
+            found[scope, unit, window or None] = {
+                int(at): (fields.get(at + "s", 0), fields.get(at + "h", 0), fields.get(at + "d", 0)) for at in starts
             }
-            found[scope, unit, window or None] = counts
         return found
 
     async def close(self) -> None:

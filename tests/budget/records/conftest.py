@@ -12,12 +12,13 @@ from budget.records.memory import MemoryRecords
 from budget.records.redis import RedisRecords
 from budget.records.sqlite import SqliteRecords
 from tests.budget.records.stores import Clock, Store, by_clock, by_server
+from tests.budget.valkey import new_valkey
 
 
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[ValkeyServer]:
     """A server of its own for this test process."""
-    with ValkeyServer() as server:
+    with new_valkey() as server:
         yield server
 
 

