@@ -1,4 +1,4 @@
-"""What users of well-known gateways reported about budgets; each test is named after a defect that ours must not have."""
+"""What users of well-known gateways reported about budgets: tests named after defects that ours must not have."""
 
 from __future__ import annotations
 
