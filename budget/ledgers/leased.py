@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import itertools
 import logging
 import secrets
 from collections import deque
@@ -122,6 +123,7 @@ class LeasedLedger:
         self._lease_s = lease_s
         self._timeout_s = timeout_s
         self._owner = secrets.token_hex(8)
+        self._numbers = itertools.count()
         self._limits: dict[str, list[Limit]] = {}
         self._undelivered: deque[Settlement] = deque()
         self._in_flight: set[asyncio.Future[None]] = set()
@@ -146,7 +148,7 @@ class LeasedLedger:
     def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> LeasedHold:
         """A hold to be entered with `async with`."""
         booking = Booking(
-            hold_id=secrets.token_hex(12),
+            hold_id=f"{self._owner}-{next(self._numbers):x}",  # in order: cheaper to keep for a store than at random
             owner=self._owner,
             scopes=tuple(scopes),
             mode=mode,
