@@ -60,6 +60,14 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
             nano_usd=self.nano_usd + more.nano_usd,
         )
 
+    def exceeds(self, other: Amounts) -> bool:
+        """Whether it is more in any unit."""
+        return (
+            self.tokens > other.tokens
+            or self.thinking_tokens > other.thinking_tokens
+            or self.nano_usd > other.nano_usd
+        )
+
     def beyond(self, less: Amounts) -> Amounts:
         """What is more than in `less`, unit by unit."""
         return Amounts(
@@ -153,12 +161,14 @@ class Figures(msgspec.Struct, kw_only=True):
         waiting: settlements that the store does not have yet.
         swept: holds whose lease was over, settled for a process that died or hung.
         debt: used beyond what was held, in total.
+        offline: holds that were granted while the store was lost.
     """
 
     is_reachable: bool = True
     waiting: int = 0
     swept: int = 0
     debt: Amounts = Amounts()
+    offline: int = 0
 
 
 Used = Amounts | Callable[[], Amounts]

@@ -54,7 +54,7 @@ class SqliteStore:
     """
 
     kind = "sqlite"
-    replay_s = 0.0
+    is_prompt = False
 
     def __init__(
         self,

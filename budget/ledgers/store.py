@@ -15,7 +15,7 @@ import msgspec
 from budget.ledger import Amounts, LedgerHealth, Limit, Standing, UsageRow
 
 
-class Booking(msgspec.Struct, frozen=True, kw_only=True):
+class Booking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A hold as its store keeps it.
 
     Attributes:
@@ -25,6 +25,8 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
         limits: all that apply, of all scopes.
         ceiling: what is held.
         taken_s: epoch seconds by the owner's clock; tells the windows of a hold that its store has lost.
+        requests: that it stands for; other than 1 only for a slice (offline.py).
+        slices: of a hold that was granted offline, the hold of each limit out of which it was; else empty.
     """
 
     hold_id: str
@@ -34,9 +36,11 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
     limits: tuple[Limit, ...]
     ceiling: Amounts
     taken_s: float
+    requests: int = 1
+    slices: tuple[str, ...] = ()
 
 
-class Settlement(msgspec.Struct, frozen=True, kw_only=True):
+class Settlement(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The end of a hold.
 
     Attributes:
@@ -59,11 +63,11 @@ class Store(Protocol):
 
     Attributes:
         kind: as in the configuration.
-        replay_s: settlements this recent are told again when it comes back, since it may have lost them.
+        is_prompt: a call that is not carried out soon fails by itself; others may wait for as long as they like.
     """
 
     kind: str
-    replay_s: float
+    is_prompt: bool
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
         """Hold in every limit or in none; the standings afterwards. Again with the same id: no change.
@@ -84,9 +88,9 @@ class Store(Protocol):
 
         What was used without being held at that time is debt: beyond the ceiling, or beyond what was swept.
 
-        A hold that is unknown here, though it was taken: a store that may lose writes (`replay_s`) enters it all the
-        same, in the windows of `taken_s`, if it ended not longer ago than settled holds are remembered; otherwise it
-        was settled already. In line from the call on, before any later call; the future tells when the store has it.
+        A hold that is unknown here, though it was taken: a store that may lose writes, or that was away while it was
+        granted, enters it all the same, in the windows of `taken_s`; for another one it was settled already. In line
+        from the call on, before any later call; the future tells when the store has it.
         """
 
     async def report(self, progress: Sequence[tuple[str, Amounts]], lease_s: float) -> list[str]:

@@ -160,8 +160,9 @@ class LedgerMachine(RuleBasedStateMachine):
         process = self.processes[pick % len(self.processes)]
         hold = process.ledger.hold(scopes, ceiling, mode=mode)
         if process.is_deaf():
+            if not process.is_lost():  # then the attempt is released later, as nobody knows whether it arrived
+                process.pending.append((None, None))
             self.fail(process, hold.__aenter__())
-            process.pending.append((None, None))
             return
         pages = self.model.pages_for(scopes, self.now_s)
         short = self.model.short(pages, ceiling, self.now_s)

@@ -17,9 +17,11 @@ from budget.books import RATES
 from budget.ledger import Ledger, Limit, Unit, Window
 from budget.ledgers.leased import LeasedLedger
 from budget.ledgers.memory import MemoryLedger
+from budget.ledgers.redis import RedisStore
 from budget.ledgers.sqlite import SqliteStore
 from budget.ledgers.store import Store
 from tests.budget.clocks import Clock
+from tests.budget.valkey import valkey
 
 Key = tuple[str, Unit, Window | None]
 Counts = tuple[int, int, int]
@@ -147,5 +149,34 @@ class SqlitePlace(LeasedPlace):
         return found
 
 
-PLACES: dict[str, type[Place]] = {"memory": MemoryPlace, "sqlite": SqlitePlace}
+class RedisPlace(LeasedPlace):
+    """In a Valkey server, which is emptied first."""
+
+    store_class: ClassVar[type[RedisStore]] = RedisStore
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._client = valkey().client()
+        self._client.flushall()
+
+    def store(self) -> RedisStore:
+        return self.store_class(valkey().connection_url, linger_s=0.0, clock=self.clock)
+
+    async def read(self) -> dict[Key, dict[int, Counts]]:
+        found: dict[Key, dict[int, Counts]] = {}
+        for key in self._client.scan_iter("{thinkgate}:a:*", _type="hash"):
+            scope, unit, window = key.decode().removeprefix("{thinkgate}:a:").rsplit("|", 2)
+            fields = {name.decode(): int(number) for name, number in self._client.hgetall(key).items()}
+            counts = {
+                int(name[:-1]): tuple(fields.get(name[:-1] + what, 0) for what in "shd") for name in fields if name != "n"
+            }
+            found[scope, unit, window or None] = counts
+        return found
+
+    async def close(self) -> None:
+        await super().close()
+        self._client.close()
+
+
+PLACES: dict[str, type[Place]] = {"memory": MemoryPlace, "redis": RedisPlace, "sqlite": SqlitePlace}
 SHARED = sorted(name for name, place in PLACES.items() if issubclass(place, LeasedPlace))

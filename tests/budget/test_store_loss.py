@@ -158,7 +158,7 @@ def test_a_running_ledger_finds_its_store_again_by_itself(kind: str, tmp_path: P
     async def story(place: LeasedPlace, store: FaultyStore, ledger: LeasedLedger) -> None:
         running = asyncio.create_task(ledger.run())
         store.always = "before"
-        await asyncio.sleep(3.3)
+        await asyncio.sleep(4.3)
         assert not ledger.figures().is_reachable
         store.always = None
         await asyncio.sleep(0.51)

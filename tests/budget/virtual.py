@@ -67,7 +67,7 @@ class FaultyStore:
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.kind = store.kind
-        self.replay_s = store.replay_s
+        self.is_prompt = store.is_prompt
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
         return await self._call(lambda: self._store.take(booking, lease_s, is_certain=is_certain))
