@@ -184,7 +184,12 @@ class Hold(Protocol):
 
     Leaving the block settles what was last reported. A hold that reports nothing settles nothing and so
     releases all of it.
+
+    Attributes:
+        is_offline: it was granted out of what the process may spend while its store does not answer.
     """
+
+    is_offline: bool
 
     @property
     def ceiling(self) -> Amounts:

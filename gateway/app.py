@@ -23,6 +23,7 @@ from budget.errors import StoreUnreachable
 from budget.ledger import Limit
 from budget.ledgers.leased import LeasedLedger
 from budget.ledgers.memory import MemoryLedger
+from budget.ledgers.redis import RedisStore
 from budget.ledgers.sqlite import SqliteStore
 from budget.price import nano_usd
 from gateway import __version__
@@ -41,9 +42,11 @@ from gateway.watch import Watch
 
 if TYPE_CHECKING:
     from budget.ledger import Hold, Ledger
-    from gateway.config import Config
+    from budget.ledgers.store import Store
+    from gateway.config import Config, StoreConfig
 
 log = logging.getLogger("thinkgate")
+OFFLINE = (b"x-thinkgate-budget", b"offline")
 SWEEP_S = 1.0
 
 
@@ -85,11 +88,26 @@ def ledger_of(config: Config) -> Ledger:
     limits, store = ledger_limits(config), config.store
     if store.kind == "memory":
         return MemoryLedger(limits, clock=time.time)
+    return LeasedLedger(
+        store_of(store),
+        limits,
+        clock=time.time,
+        lease_s=store.lease_s,
+        timeout_s=store.timeout_s,
+        offline_share=store.offline_share,
+    )
+
+
+def store_of(store: StoreConfig) -> Store:
+    """The configured store, shared with other processes. Raises: ConfigError when it cannot be used."""
     try:
-        books = SqliteStore(Path(store.path), clock=time.time, synchronous=store.synchronous)
+        if store.kind == "redis":
+            return RedisStore(store.url or "", timeout_s=store.timeout_s)
+        return SqliteStore(Path(store.path), clock=time.time, synchronous=store.synchronous)
     except StoreUnreachable as exc:
         raise ConfigError(f"store.path: {exc}") from exc
-    return LeasedLedger(books, limits, clock=time.time, lease_s=store.lease_s, timeout_s=store.timeout_s)
+    except (ImportError, ValueError) as exc:
+        raise ConfigError(f"store.url: {exc}") from exc
 
 
 class Gateway(FastAPI):
@@ -176,8 +194,8 @@ class Gateway(FastAPI):
         return self._epoch_s
 
     def limit_headers(self, hold: Hold) -> Headers:
-        """`x-ratelimit-*` and the remaining budget, where limits exist."""
-        headers: Headers = []
+        """`x-ratelimit-*` and the remaining budget, where limits exist; and whether it was held without the store."""
+        headers: Headers = [OFFLINE] if hold.is_offline else []
         requests, tokens = hold.remaining("requests"), hold.remaining("tokens")
         if requests is not None:
             headers += [

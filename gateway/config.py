@@ -23,7 +23,7 @@ MOST = 2**53  # of a limit, in tokens or nano-USD: up to there every store count
 STORE_KEYS: dict[str, tuple[str, ...]] = {
     "memory": (),
     "sqlite": ("path", "synchronous", "lease_s", "timeout_s"),
-    "redis": ("url", "lease_s", "timeout_s"),
+    "redis": ("url", "lease_s", "timeout_s", "offline_share"),
 }
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
@@ -261,13 +261,7 @@ class StoreConfig(Section):
     url: str | None = None
     lease_s: float = Field(10, ge=2, le=3600)
     timeout_s: float = Field(1, gt=0, le=60)
-
-    @field_validator("kind")
-    @classmethod
-    def _is_built(cls, kind: str) -> str:
-        if kind == "redis":
-            raise ValueError("the redis store is not built yet: use `sqlite`, or `memory` (budgets end with it)")
-        return kind
+    offline_share: float = Field(0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Self:
@@ -275,6 +269,8 @@ class StoreConfig(Section):
         if wrong:
             takes = ", ".join(f"`{name}`" for name in STORE_KEYS[self.kind]) or "no other key"
             raise ValueError(f"the {self.kind} store has no `{wrong[0]}`: it takes {takes}")
+        if self.kind == "redis" and self.url is None:
+            raise ValueError("the redis store needs a `url`: redis://, rediss:// or unix://")
         return self
 
 

@@ -210,6 +210,9 @@ class Metrics(Collector):
             "thinkgate_settlements_waiting", "Settlements the store does not have yet.", value=figures.waiting
         )
         yield CounterMetricFamily("thinkgate_swept_holds", "Holds settled for dead processes.", value=figures.swept)
+        yield CounterMetricFamily(
+            "thinkgate_offline_holds", "Holds granted while the budget store did not answer.", value=figures.offline
+        )
         debt = figures.debt
         yield CounterMetricFamily("thinkgate_debt_tokens", "Tokens used beyond their hold.", value=debt.tokens)
         yield CounterMetricFamily("thinkgate_debt_nano_usd", "Money used beyond its hold.", value=debt.nano_usd)

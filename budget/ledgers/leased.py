@@ -16,7 +16,6 @@ import itertools
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -27,6 +26,7 @@ from budget.books import tightest
 from budget.errors import HoldEnded, HoldRefused, StoreUnreachable
 from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Used, told
 from budget.ledgers.offline import Offline, OfflineHold
+from budget.ledgers.outbox import Outbox
 from budget.ledgers.store import Booking, Settlement, Store
 
 log = logging.getLogger("thinkgate.ledger")
@@ -154,8 +154,7 @@ class LeasedLedger:
         self._numbers = itertools.count()
         self._limits: dict[str, list[Limit]] = {}
         self._limits_of: dict[tuple[str, ...], tuple[Limit, ...]] = {}
-        self._undelivered: deque[Settlement] = deque()
-        self._in_flight: dict[asyncio.Future[None], list[Settlement]] = {}
+        self._outbox = Outbox(store)
         self._offline: Offline | None = None
         if offline_share:
             self._offline = Offline(
@@ -169,7 +168,7 @@ class LeasedLedger:
 
     def set_limits(self, limits: Sequence[Limit]) -> None:
         """Replace the limits; what is settled and held stays, in the store."""
-        in_force = tightest(limits)
+        in_force = self._in_force = tightest(limits)
         self._limits = {}
         self._limits_of.clear()
         for limit in in_force.values():
@@ -211,10 +210,13 @@ class LeasedLedger:
 
     def figures(self) -> Figures:
         """What is known without asking the store."""
-        waiting = len(self._undelivered) + sum(len(batch) for batch in self._in_flight.values())
         offline = 0 if self._offline is None else self._offline.granted
         return Figures(
-            is_reachable=not self.is_lost, waiting=waiting, swept=self._swept, debt=self._debt, offline=offline
+            is_reachable=not self.is_lost,
+            waiting=self._outbox.waiting(),
+            swept=self._swept,
+            debt=self._debt,
+            offline=offline,
         )
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
@@ -280,26 +282,12 @@ class LeasedLedger:
         if used.exceeds(booking.ceiling):
             self._debt = self._debt.plus(used.beyond(booking.ceiling))
         if self.is_lost:
-            self._undelivered.append(settlement)
-            return
-        delivery = self._store.settle((settlement,))
-        batch = self._in_flight.get(delivery)
-        if batch is None:
-            self._in_flight[delivery] = [settlement]
-            delivery.add_done_callback(self._was_delivered)
+            self._outbox.keep(settlement)
         else:
-            batch.append(settlement)
+            self._outbox.send(settlement)
 
     def _release(self, booking: Booking) -> None:
         self.settle(booking, NOTHING, was_taken=False)
-
-    def _was_delivered(self, delivery: asyncio.Future[None]) -> None:
-        settlements = self._in_flight.pop(delivery)
-        exc = StoreUnreachable() if delivery.cancelled() else delivery.exception()
-        if isinstance(exc, StoreUnreachable):
-            self._undelivered.extend(settlements)  # for the next beat
-        elif exc is not None:  # a bug, which would come again: a sweep settles what was last reported
-            log.error("a settlement failed", exc_info=exc)
 
     def _lose(self) -> None:
         if not self.is_lost:
@@ -339,7 +327,7 @@ class LeasedLedger:
             log.exception("the ledger's round failed")
 
     async def _round(self, *, sweeps: bool) -> None:
-        if self.is_lost or self._undelivered:
+        if self.is_lost or self._outbox.has_kept():
             await self._recover()
         await self._report()
         if sweeps:
@@ -371,18 +359,8 @@ class LeasedLedger:
         delivered = 0
         if self.is_lost:
             await self._store.report([], self._lease_s)  # is anybody there?
-        while self._undelivered or any(hold.local for hold in self.open.values()):  # more may come meanwhile
-            waiting = list(self._undelivered)
-            try:
-                if waiting:
-                    await self._store.settle(waiting)
-            except StoreUnreachable:
-                raise
-            except Exception:  # a bug, as above
-                log.exception("settlements failed")
-            for _ in waiting:
-                self._undelivered.popleft()
-            delivered += len(waiting)
+        while self._outbox.has_kept() or any(hold.local for hold in self.open.values()):  # more may come meanwhile
+            delivered += await self._outbox.deliver()
             for hold in [hold for hold in self.open.values() if hold.local]:
                 if hold.state == "open":
                     await self._enter(hold)
@@ -396,10 +374,12 @@ class LeasedLedger:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""
         with contextlib.suppress(StoreUnreachable, TimeoutError):
             async with asyncio.timeout(CLOSE_S):
-                while self._in_flight:
-                    await asyncio.wait(self._in_flight)
-                if self._undelivered:
+                await self._outbox.arrived()
+                if self.is_lost or self._outbox.has_kept():
                     await self._recover()
-        if self._undelivered:
-            log.error("settlements were not delivered", extra={"settlements": len(self._undelivered)})
+                if self._offline is not None:
+                    self._offline.end()
+                await self._outbox.arrived()
+        if self._outbox.waiting():
+            log.error("settlements were not delivered", extra={"settlements": self._outbox.waiting()})
         await self._store.close()

@@ -24,6 +24,8 @@ class MemoryHold:
 
     __slots__ = ("_accounts", "_books", "_day", "_is_open", "_ledger", "_mode", "_scopes", "_used", "ceiling")
 
+    is_offline = False
+
     def __init__(self, ledger: MemoryLedger, scopes: Sequence[str], ceiling: Amounts, mode: str) -> None:
         self._ledger = ledger
         self._scopes = scopes

@@ -24,6 +24,7 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "x-thinkgate-backend": ("Id of the backend that served it.", {"type": "string"}),
     "x-thinkgate-overhead-ms": ("Time the gateway itself took before the first byte.", {"type": "number"}),
     "x-thinkgate-budget-remaining-tokens": ("What the tightest token limit has left.", INTEGER),
+    "x-thinkgate-budget": ("Held while the store of budgets did not answer.", {"const": "offline"}),
     "x-ratelimit-limit-requests": ("The tightest limit of requests.", INTEGER),
     "x-ratelimit-remaining-requests": ("What is left of it.", INTEGER),
     "x-ratelimit-reset-requests": ("Until its window ends.", DURATION),
@@ -212,7 +213,7 @@ def _post(
     content = _json(name if streams else "EmbeddingList", response)
     if streams:
         content["text/event-stream"] = {"schema": event(f"{name}Chunk")}
-    served = (*ALWAYS, *headers, "x-thinkgate-backend", "x-thinkgate-overhead-ms", *LIMITS)
+    served = (*ALWAYS, *headers, "x-thinkgate-backend", "x-thinkgate-overhead-ms", "x-thinkgate-budget", *LIMITS)
     return {
         "post": {
             "operationId": operation,

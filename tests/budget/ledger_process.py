@@ -22,6 +22,7 @@ from typing import Literal
 from budget.errors import HoldRefused
 from budget.ledger import Amounts, Limit, Window
 from budget.ledgers.leased import LeasedLedger
+from budget.ledgers.redis import RedisStore
 from budget.ledgers.sqlite import SqliteStore
 from budget.ledgers.store import Store
 
@@ -63,6 +64,8 @@ class Spec:
 
 def opened(kind: str, address: str, clock: Callable[[], float]) -> Store:
     """A process's way to a store."""
+    if kind == "redis":
+        return RedisStore(address, clock=clock)
     assert kind == "sqlite"
     return SqliteStore(Path(address), clock=clock)
 

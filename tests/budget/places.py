@@ -152,15 +152,17 @@ class SqlitePlace(LeasedPlace):
 class RedisPlace(LeasedPlace):
     """In a Valkey server, which is emptied first."""
 
+    kind = "redis"
     store_class: ClassVar[type[RedisStore]] = RedisStore
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self.address = valkey().connection_url
         self._client = valkey().client()
         self._client.flushall()
 
     def store(self) -> RedisStore:
-        return self.store_class(valkey().connection_url, linger_s=0.0, clock=self.clock)
+        return self.store_class(self.address, linger_s=0.0, clock=self.clock)
 
     async def read(self) -> dict[Key, dict[int, Counts]]:
         found: dict[Key, dict[int, Counts]] = {}

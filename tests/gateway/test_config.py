@@ -164,7 +164,6 @@ def test_two_models_do_not_share_a_default() -> None:
         ("limits", [limit(unit="usd")], "limits[0]: a usd limit needs models.qwen3.price_usd_per_mtok"),
         ("limits", [limit(), limit(amount=5)], "limits[1]: limits model:qwen3 as limits[0] does already: keep one"),
         ("limits", [limit(amount=1e17)], "limits[0]: amount of tokens must be at most 9007199254740992, got 1e+17"),
-        ("store.kind", "redis", "store.kind: the redis store is not built yet: use `sqlite`"),
         ("store.path", "x.db", "store: the memory store has no `path`: it takes no other key"),
         (
             "store",
