@@ -123,7 +123,8 @@ class RateAccount:
 
     def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
         """Replace a hold by its use."""
-        self.level, self.seen_s = level_after_settling(self._now(now_s), held, used), now_s
+        if held != used or now_s < self.seen_s:
+            self.level, self.seen_s = level_after_settling(self._now(now_s), held, used), now_s
 
     def correct(self, books: Books, now_s: float, held: int, swept: int, used: int) -> None:
         """Replace what a sweep settled by its use."""
@@ -154,8 +155,9 @@ def hold_in(accounts: Sequence[Account], books: Sequence[Books], need: Mapping[U
     """
     short: Standing | None = None
     for account, page in zip(accounts, books, strict=True):
-        if need[account.unit] > max(0, account.free(page, now_s)):
-            standing = account.standing(page, now_s, need[account.unit])
+        wanted = need[account.unit]
+        if wanted and wanted > account.free(page, now_s):
+            standing = account.standing(page, now_s, wanted)
             if short is None or standing.tightness() < short.tightness():
                 short = standing
     if short is not None:

@@ -182,15 +182,16 @@ class Hold(Protocol):
 
     Leaving the block settles what was last reported. A hold that reports nothing settles nothing and so
     releases all of it.
+
+    Attributes:
+        is_offline: it was granted out of what the process may spend while its store does not answer.
     """
+
+    is_offline: bool
 
     @property
     def ceiling(self) -> Amounts:
         """What is held, extensions included."""
-
-    @property
-    def is_offline(self) -> bool:
-        """It was granted without the store, out of what this process may spend meanwhile."""
 
     async def __aenter__(self) -> Self:
         """Take the hold. Raises: HoldRefused, StoreUnreachable; then nothing is held anywhere."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from gateway.config import Config
 
 log = logging.getLogger("thinkgate")
+OFFLINE = (b"x-thinkgate-budget", b"offline")
 SWEEP_S = 1.0
 clock = time.time  # seconds since 1970: handed down from here
 
@@ -160,7 +161,7 @@ class Gateway(FastAPI):
 
     def limit_headers(self, hold: Hold) -> Headers:
         """`x-ratelimit-*` and the remaining budget, where limits exist; and whether it was held without the store."""
-        headers: Headers = []
+        headers: Headers = [OFFLINE] if hold.is_offline else []
         requests, tokens = hold.remaining("requests"), hold.remaining("tokens")
         if requests is not None:
             headers += [
@@ -176,8 +177,6 @@ class Gateway(FastAPI):
                 (b"x-ratelimit-reset-tokens", duration(tokens.reset_s)),
                 (b"x-thinkgate-budget-remaining-tokens", left),
             ]
-        if hold.is_offline:
-            headers.append((b"x-thinkgate-budget", b"offline"))
         return headers
 
     def reload(self, config: Config) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import itertools
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -26,6 +26,7 @@ from budget.books import tightest
 from budget.errors import HoldEnded, HoldRefused, StoreUnreachable
 from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Used, told
 from budget.ledgers.offline import Offline, OfflineHold
+from budget.ledgers.outbox import Outbox
 from budget.ledgers.store import Booking, Settlement, Store
 
 log = logging.getLogger("thinkgate.ledger")
@@ -150,10 +151,10 @@ class LeasedLedger:
         self._lease_s = lease_s
         self._timeout_s = timeout_s
         self._owner = secrets.token_hex(8)
+        self._numbers = itertools.count()
         self._limits: dict[str, list[Limit]] = {}
         self._limits_of: dict[tuple[str, ...], tuple[Limit, ...]] = {}
-        self._undelivered: deque[Settlement] = deque()
-        self._in_flight: dict[asyncio.Future[None], list[Settlement]] = {}
+        self._outbox = Outbox(store)
         self._offline: Offline | None = None
         if offline_share:
             self._offline = Offline(
@@ -181,7 +182,7 @@ class LeasedLedger:
         """A hold to be entered with `async with`."""
         scopes = tuple(scopes)
         booking = Booking(
-            hold_id=secrets.token_hex(12),
+            hold_id=f"{self._owner}-{next(self._numbers):x}",  # in order: cheaper to keep for a store than at random
             owner=self._owner,
             scopes=scopes,
             mode=mode,
@@ -209,10 +210,13 @@ class LeasedLedger:
 
     def figures(self) -> Figures:
         """What is known without asking the store."""
-        waiting = len(self._undelivered) + sum(len(batch) for batch in self._in_flight.values())
         offline = 0 if self._offline is None else self._offline.granted
         return Figures(
-            is_reachable=not self.is_lost, waiting=waiting, swept=self._swept, debt=self._debt, offline=offline
+            is_reachable=not self.is_lost,
+            waiting=self._outbox.waiting(),
+            swept=self._swept,
+            debt=self._debt,
+            offline=offline,
         )
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
@@ -280,26 +284,12 @@ class LeasedLedger:
         if used.exceeds(booking.ceiling):
             self._debt = self._debt.plus(used.beyond(booking.ceiling))
         if self.is_lost:
-            self._undelivered.append(settlement)
-            return
-        delivery = self._store.settle((settlement,))
-        batch = self._in_flight.get(delivery)
-        if batch is None:
-            self._in_flight[delivery] = [settlement]
-            delivery.add_done_callback(self._was_delivered)
+            self._outbox.keep(settlement)
         else:
-            batch.append(settlement)
+            self._outbox.send(settlement)
 
     def _release(self, booking: Booking) -> None:
         self.settle(booking, NOTHING, was_taken=False)
-
-    def _was_delivered(self, delivery: asyncio.Future[None]) -> None:
-        settlements = self._in_flight.pop(delivery)
-        exc = StoreUnreachable() if delivery.cancelled() else delivery.exception()
-        if isinstance(exc, StoreUnreachable | asyncio.CancelledError):
-            self._undelivered.extend(settlements)  # for the next beat
-        elif exc is not None:  # a bug, which would come again: a sweep settles what was last reported
-            log.error("a settlement failed", exc_info=exc)
 
     def _lose(self) -> None:
         if not self.is_lost:
@@ -318,20 +308,34 @@ class LeasedLedger:
             await self.beat(sweeps=beats * REPORT_S % SWEEP_S == 0)
 
     async def beat(self, *, sweeps: bool = True) -> None:
-        """Find out whether a lost store is back, report what the open holds have used, and sweep."""
+        """Find out whether a lost store is back, report what the open holds have used, and sweep.
+
+        Again while that fails: one broken connection does not make a store lost.
+        """
+        pause_s = FIRST_PAUSE_S
         try:
             async with asyncio.timeout(self._lease_s / 4):
-                if self.is_lost or self._undelivered:
-                    await self._recover()
-                await self._report()
-                if sweeps:
-                    self._swept += await self._store.sweep(self._lease_s)
-                    if self._offline is not None:
-                        await self._offline.beat(set(self._in_force.values()))
-        except (StoreUnreachable, TimeoutError):
+                while True:
+                    try:
+                        return await self._round(sweeps=sweeps)
+                    except StoreUnreachable:
+                        if self.is_lost:
+                            return None
+                        await asyncio.sleep(pause_s)
+                        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        except TimeoutError:
             self._lose()
         except Exception:  # a bug must not end the requests that run
             log.exception("the ledger's round failed")
+
+    async def _round(self, *, sweeps: bool) -> None:
+        if self.is_lost or self._outbox.has_kept():
+            await self._recover()
+        await self._report()
+        if sweeps:
+            self._swept += await self._store.sweep(self._lease_s)
+            if self._offline is not None:
+                await self._offline.beat(set(self._in_force.values()))
 
     async def _report(self) -> None:
         if not self.open:
@@ -343,8 +347,6 @@ class LeasedLedger:
                 await self._enter(hold)
 
     async def _enter(self, hold: LeasedHold) -> None:
-        if hold.state != "open":
-            return
         local, hold.local = hold.local, None  # from now on it is the store's
         try:
             await self._store.take(hold.booking, self._lease_s, is_certain=True)
@@ -356,43 +358,30 @@ class LeasedLedger:
 
     async def _recover(self) -> None:
         """Tell a store that is back what it missed; then slices are given back."""
+        delivered = 0
         if self.is_lost:
             await self._store.report([], self._lease_s)  # is anybody there?
-        delivered = 0
-        while self._undelivered or self._local():  # more may come meanwhile
-            delivered += await self._tell_waiting()
-            for hold in self._local():
-                await self._enter(hold)
+        while self._outbox.has_kept() or any(hold.local for hold in self.open.values()):  # more may come meanwhile
+            delivered += await self._outbox.deliver()
+            for hold in [hold for hold in self.open.values() if hold.local]:
+                if hold.state == "open":
+                    await self._enter(hold)
         if self.is_lost:
             self.is_lost = False
             if self._offline is not None:
                 self._offline.end()
             log.warning("the budget store is back", extra={"settlements": delivered})
 
-    def _local(self) -> list[LeasedHold]:
-        return [hold for hold in self.open.values() if hold.local is not None]
-
-    async def _tell_waiting(self) -> int:
-        waiting = list(self._undelivered)
-        if waiting:
-            try:
-                await self._store.settle(waiting)
-            except StoreUnreachable:
-                raise
-            except Exception:  # a bug, as above
-                log.exception("settlements failed")
-        for _ in waiting:
-            self._undelivered.popleft()
-        return len(waiting)
-
     async def close(self) -> None:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""
         with contextlib.suppress(StoreUnreachable, TimeoutError):
             async with asyncio.timeout(CLOSE_S):
-                while self._in_flight:
-                    await asyncio.wait(self._in_flight)
-                if self._undelivered:
+                await self._outbox.arrived()
+                if self.is_lost or self._outbox.has_kept():
                     await self._recover()
-        if self._undelivered:
-            log.error("settlements were not delivered", extra={"settlements": len(self._undelivered)})
+                if self._offline is not None:
+                    self._offline.end()
+                await self._outbox.arrived()
+        if self._outbox.waiting():
+            log.error("settlements were not delivered", extra={"settlements": self._outbox.waiting()})
         await self._store.close()

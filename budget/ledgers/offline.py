@@ -248,7 +248,7 @@ class Offline:
                 hold_ids.append("")
         hold = OfflineHold(slices, booking.ceiling, self._monotonic)
         self.granted += 1
-        return replace(booking, hold_id=secrets.token_hex(12), slices=tuple(hold_ids)), hold
+        return replace(booking, hold_id=f"{booking.hold_id}o", slices=tuple(hold_ids)), hold
 
     def _of(self, limit: Limit) -> Slice | None:
         if limit.window not in RATES:

@@ -73,6 +73,7 @@ class SqliteStore:
             self._connection = self._open(synchronous)
         except sqlite3.Error as exc:
             raise StoreUnreachable(f"{path} cannot be used as a store: {exc}.") from exc
+        self._sheet = Sheet(self._connection)
         self._thread = threading.Thread(target=self._work, name="thinkgate-sqlite", daemon=True)
         self._thread.start()
 
@@ -166,7 +167,8 @@ class SqliteStore:
         connection = self._connection
         self._begin()
         try:
-            sheet, outcomes = Sheet(connection, self._clock()), []
+            sheet, outcomes = self._sheet, []
+            sheet.begin(self._clock())
             for call in calls:
                 try:  # whoever does not wait any more has sent a release after it
                     outcomes.append(None if call.future.cancelled() else call.work(sheet))
@@ -175,6 +177,7 @@ class SqliteStore:
             sheet.close()
             connection.execute("COMMIT")
         except BaseException:
+            self._sheet.forget()
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise

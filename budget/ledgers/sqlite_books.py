@@ -1,7 +1,7 @@
 """What a store does, on the tables of one SQLite database, within one transaction.
 
 Owns: the schema, and every operation of a store on a `Sheet`: the accounts and usage that a transaction looks at,
-read once, changed by the rules of budget/accounts.py and written once when it ends. Does not own: transactions,
+changed by the rules of budget/accounts.py and written once when it ends. Does not own: transactions,
 threads (sqlite.py).
 Invariant: a row of `books` is one calendar window of one limit, or one rate; no row is ever reset.
 """
@@ -46,6 +46,7 @@ SCHEMA = (
 OPEN, SWEPT, ENDED = range(3)
 ENDED_KEPT_S = 120.0  # that what is told again is not counted again
 SWEPT_KEPT_S = 86_400.0  # for owners that were only paused: their own settlement is the better one
+MOST_KEPT = 10_000  # accounts in memory
 MOST_AT_ONCE = 1000  # of what a sweep does: others want to write, too
 DAY_S = 86_400
 EPOCH_ORDINAL = dt.date(1970, 1, 1).toordinal()
@@ -71,20 +72,46 @@ class Row(msgspec.Struct):
 
 
 class Sheet:
-    """One transaction's view of the tables; `close` writes down what changed.
+    """A connection's view of the tables, between `begin` and `close` of each transaction.
+
+    Accounts are read once and kept until another connection writes.
 
     Args:
-        connection: inside a transaction.
-        now_s: its time, in epoch seconds.
+        connection: to the database.
     """
 
-    def __init__(self, connection: sqlite3.Connection, now_s: float) -> None:
+    def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._now_s = now_s
+        self._now_s = 0.0
+        self._version = 0
         self._accounts: dict[Key, Account] = {}
         self._stored: dict[Key, set[int]] = {}
         self._changed: set[tuple[Key, Books]] = set()
         self._usage: dict[tuple[int, str, str], list[int]] = {}
+
+    def begin(self, now_s: float) -> None:
+        """A transaction has begun at `now_s`, in epoch seconds."""
+        self._now_s = now_s
+        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        if version != self._version or len(self._accounts) > MOST_KEPT:
+            self.forget()
+            self._version = version
+
+    def close(self) -> None:
+        """Write down what changed; the transaction may be committed."""
+        self._write_books()
+        self._connection.executemany(
+            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " requests = requests + excluded.requests, tokens = tokens + excluded.tokens,"
+            " thinking_tokens = thinking_tokens + excluded.thinking_tokens, nano_usd = nano_usd + excluded.nano_usd",
+            [(*key, *sums) for key, sums in self._usage.items()],
+        )
+        self._usage.clear()
+
+    def forget(self) -> None:
+        """What was read or changed counts no more: others have written, or the transaction was rolled back."""
+        for kept in (self._accounts, self._stored, self._changed, self._usage):
+            kept.clear()
 
     # ------------------------------------------------------------------------------------- what a store does
 
@@ -192,17 +219,6 @@ class Sheet:
         held = Amounts(tokens=int(tokens), thinking_tokens=int(thinking_tokens), nano_usd=int(nano_usd))
         return LedgerHealth(kind="sqlite", is_reachable=True, holds=holds, held=held)
 
-    def close(self) -> None:
-        """Write down what changed."""
-        self._write_books()
-        self._connection.executemany(
-            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " requests = requests + excluded.requests, tokens = tokens + excluded.tokens,"
-            " thinking_tokens = thinking_tokens + excluded.thinking_tokens, nano_usd = nano_usd + excluded.nano_usd",
-            [(*key, *sums) for key, sums in self._usage.items()],
-        )
-        self._usage.clear()
-
     # ------------------------------------------------------------------------------------------------ accounts
 
     def _account(self, key: Key, limit: Limit | None = None) -> Account:
@@ -212,6 +228,9 @@ class Sheet:
             account = self._accounts[key] = self._read(key)
         if limit is not None:
             account.limit = limit
+        if isinstance(account, RateAccount) and self._now_s < account.seen_s:
+            account.seen_s = self._now_s  # the clock was set back: noted also by a hold that is refused
+            self._changed.add((key, account.turn(self._now_s)))
         return account
 
     def _read(self, key: Key) -> Account:
@@ -225,11 +244,7 @@ class Sheet:
         limit = Limit(scope=scope, unit=unit, window=window, amount=max((row[1] for row in rows), default=1))
         self._stored[key] = {row[0] for row in rows}
         if window in RATES:
-            account = RateAccount(limit, *(rows[0][5:] if rows else ()))
-            if self._now_s < account.seen_s:  # the clock was set back: noted also by a hold that is refused
-                account.seen_s = self._now_s
-                self._changed.add((key, account.turn(self._now_s)))
-            return account
+            return RateAccount(limit, *(rows[0][5:] if rows else ()))
         return CalendarAccount(limit, [Books(row[0], window_end(window, row[0]), *row[2:5]) for row in rows])
 
     def _write_books(self) -> None:
@@ -242,6 +257,7 @@ class Sheet:
                 counts = (page.settled, page.held, page.debt)
                 rows.append((*key, page.start_s, account.limit.amount, *counts, 0.0, 0.0))
                 gone += [(*key, start_s) for start_s in self._stored[key] - account.books.keys()]
+                self._stored[key] = set(account.books)
         self._changed.clear()
         self._connection.executemany(
             "INSERT INTO books VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"

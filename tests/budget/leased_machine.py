@@ -60,22 +60,31 @@ class LeasedMachine(LedgerMachine):
         process = self.processes[pick % 2]
         store = process.store
         assert store is not None
-        calls = ["ping"] * process.is_lost() + ["deliver"] * bool(process.pending)
-        calls += ["report"] * bool(process.open) + ["sweep"]
-        faults = [*store.faults, *[store.always] * len(calls)]
+        always, faults, was_lost = store.always, list(store.faults), process.is_lost()
         swept = process.ledger.figures().swept
         self.run(cast("LeasedLedger", process.ledger).beat())
-        for call, fault in zip(calls, faults, strict=False):
-            if fault != "before":
-                swept += self.arrived(process, call)
-            if fault is not None:
+        while (answered := self.one_round(process, faults, always, is_lost=was_lost)) is None:
+            if was_lost or always is not None:
                 assert process.is_lost()
                 return
-            if call == "deliver":
-                process.pending.clear()
         assert not process.is_lost()
         figures = process.ledger.figures()
-        assert (figures.swept, figures.waiting) == (swept, 0)
+        assert (figures.swept, figures.waiting) == (swept + answered, 0)
+
+    def one_round(self, process: Process, faults: list[Fault], always: Fault | None, *, is_lost: bool) -> int | None:
+        """What a beat says until something gets lost; None then, else how many holds it swept."""
+        calls = ["ping"] * is_lost + ["deliver"] * bool(process.pending)
+        calls += ["report"] * bool(process.open) + ["sweep"]
+        swept = 0
+        for call in calls:
+            fault = faults.pop(0) if faults else always
+            if fault != "before":
+                swept = self.arrived(process, call)
+            if fault is not None:
+                return None
+            if call == "deliver":
+                process.pending.clear()
+        return swept
 
     def arrived(self, process: Process, call: str) -> int:
         """A call of a beat has reached the store; how many holds it swept."""

@@ -64,7 +64,10 @@ class Spec:
 
 def opened(kind: str, address: str, clock: Callable[[], float]) -> Store:
     """A process's way to a store."""
-    return SqliteStore(Path(address), clock=clock) if kind == "sqlite" else RedisStore(address, clock=clock)
+    if kind == "redis":
+        return RedisStore(address, clock=clock)
+    assert kind == "sqlite"
+    return SqliteStore(Path(address), clock=clock)
 
 
 async def drain(spec: Spec, ledger: LeasedLedger) -> int:

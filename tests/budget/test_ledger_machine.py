@@ -20,7 +20,9 @@ from tests.budget.mutants import IN_MEMORY, IN_SQLITE
 from tests.budget.places import PLACES, SHARED, MemoryPlace, SqlitePlace
 
 RUN_STEPS = 40
+STEPS = int(os.environ.get("THINKGATE_STEPS", "0"))
 FOUND = (AssertionError, BudgetError)  # by the books, or by a hold that ought to have been granted
+pytestmark = pytest.mark.timeout(60 + STEPS // 20)
 FIND = settings(
     max_examples=1000,
     stateful_step_count=RUN_STEPS,
@@ -35,9 +37,8 @@ FIND = settings(
 
 def steps(default: int) -> settings:
     """So many steps in all."""
-    wanted = int(os.environ.get("THINKGATE_STEPS", default))
     return settings(
-        max_examples=max(1, wanted // RUN_STEPS),
+        max_examples=max(1, (STEPS or default) // RUN_STEPS),
         stateful_step_count=RUN_STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -74,7 +74,7 @@ async def windows_of(place: LeasedPlace) -> dict[int, tuple[int, int, int]]:
 
 async def test_four_processes_use_up_one_limit_and_no_more(shared: LeasedPlace) -> None:
     """Of 256 requests at once none gets what is not there; at the end less than one request's ceiling is unused."""
-    amount, ceiling = 60_000, 50
+    amount, ceiling = 240_000, 50
     specs = [
         Spec(
             kind=shared.kind,
@@ -99,7 +99,7 @@ async def test_four_processes_use_up_one_limit_and_no_more(shared: LeasedPlace) 
 async def test_a_month_rolls_over_once_under_the_load_of_four_processes(shared: LeasedPlace) -> None:
     """Every token used is settled in one of the two months, whichever process saw the new one first."""
     amount = 10**7
-    ahead_s = dt.datetime(2031, 3, 1, tzinfo=dt.UTC).timestamp() - time.time() - 3.5
+    ahead_s = dt.datetime(2031, 3, 1, tzinfo=dt.UTC).timestamp() - time.time() - 6
     specs = [
         Spec(
             kind=shared.kind,
@@ -108,7 +108,7 @@ async def test_a_month_rolls_over_once_under_the_load_of_four_processes(shared: 
             work="drain",
             amount=amount,
             window="month",
-            seconds=4.0,
+            seconds=8.0,
             ahead_s=ahead_s,
         )
         for number in range(PROCESSES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from budget.errors import StoreUnreachable
 from budget.ledger import Amounts
 from budget.ledgers.leased import LeasedLedger
+from budget.ledgers.store import Settlement
 from tests.budget.clocks import TEN, tokens, utc
 from tests.budget.places import PLACES, SHARED, LeasedPlace
 from tests.budget.virtual import Fault, FaultyStore, VirtualLoop, play
@@ -157,7 +158,7 @@ def test_a_running_ledger_finds_its_store_again_by_itself(kind: str, tmp_path: P
     async def story(place: LeasedPlace, store: FaultyStore, ledger: LeasedLedger) -> None:
         running = asyncio.create_task(ledger.run())
         store.always = "before"
-        await asyncio.sleep(3.3)
+        await asyncio.sleep(4.3)
         assert not ledger.figures().is_reachable
         store.always = None
         await asyncio.sleep(0.51)
@@ -165,3 +166,35 @@ def test_a_running_ledger_finds_its_store_again_by_itself(kind: str, tmp_path: P
         running.cancel()
 
     tell(kind, tmp_path, story)
+
+
+class BuggyStore(FaultyStore):
+    """A store that fails in a way nobody has foreseen."""
+
+    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        told.set_exception(ZeroDivisionError())
+        return told
+
+    async def sweep(self, lease_s: float) -> int:
+        raise ZeroDivisionError
+
+
+def test_a_bug_in_a_store_stops_nothing(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A round or a settlement that fails in an unforeseen way is in the log, and requests go on being held."""
+
+    async def story(place: LeasedPlace, store: FaultyStore, ledger: LeasedLedger) -> None:
+        ledger = place.ledger(tokens(100, "day"), store=BuggyStore(place.store()))
+        running = asyncio.create_task(ledger.run())
+        for _ in range(2):
+            async with ledger.hold(["key:a"], TEN):
+                await asyncio.sleep(1.1)
+        await asyncio.sleep(1.1)
+        assert not running.done()
+        assert (ledger.figures().is_reachable, ledger.figures().waiting) == (True, 0)
+        assert await in_books(place) == (0, 20, 0)  # until a lease is over
+        running.cancel()
+
+    with caplog.at_level(logging.WARNING, logger="thinkgate.ledger"):
+        tell(kind, tmp_path, story)
+    assert {record.getMessage() for record in caplog.records} == {"a settlement failed", "the ledger's round failed"}

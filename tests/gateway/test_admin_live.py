@@ -120,12 +120,12 @@ async def test_requests_go_on_while_the_store_is_away(scripted: ScriptedBackend)
 
 async def test_a_gateway_starts_while_its_store_is_away(scripted: ScriptedBackend, tmp_path: Path) -> None:
     """It serves the keys of the file and says 503 to others; once the store is there, it knows its keys."""
-    folder = tmp_path / "later"
-    tree = tree_of(scripted, store={"kind": "sqlite", "path": str(folder / "thinkgate.db")})
-    async with live(tree) as gateway:
+    in_its_way = tmp_path / "thinkgate-records.db"
+    in_its_way.mkdir()
+    async with live(tree_of(scripted, store={"kind": "sqlite", "path": str(tmp_path / "thinkgate.db")})) as gateway:
         answer = await ask(gateway, ASK, headers=key_headers("tg-" + "x" * 43))
         assert (answer.status, answer.error["code"]) == (503, "store_unavailable")
-        folder.mkdir()
+        in_its_way.rmdir()
         await gateway.logs.wait("store can be read again")
         secret = (await admin(gateway, "POST", "/keys", {"id": "ada"}))["secret"]
         assert await status(gateway, secret) == 200
