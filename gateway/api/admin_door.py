@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinkgate.admin")
 REQUEST_ID, ACTOR = "thinkgate.request_id", "thinkgate.actor"  # in an ASGI scope
 MOST_BODY_BYTES = 65_536
+HEALTH = "readLedger"  # tells whether the store can be reached, also when it cannot
 Answer = TypeVar("Answer")
 
 
@@ -50,7 +51,8 @@ class AdminRoute(APIRoute):
             _check_query(request, has_parameters=bool(self.dependant.query_params))
             body = await _body(request, gateway.serving.config.server.timeouts.body_s)
             _check_json(body)
-            await _mapped(gateway.stored.refresh())  # what another replica has just changed is known, too
+            if self.operation_id != HEALTH:
+                await _mapped(gateway.stored.refresh())  # what another replica has just changed is known, too
             response = await _mapped(handler(_as_json(request, body)))
             response.headers["cache-control"] = "no-store"
             return response

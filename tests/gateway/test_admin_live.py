@@ -109,6 +109,8 @@ async def test_requests_go_on_while_the_store_is_away(scripted: ScriptedBackend)
         assert await status(gateway, secret) == 200
         answer = await ask(gateway, {"id": "eve"}, "/admin/v1/keys", headers=ROOT)
         assert (answer.status, answer.error["code"]) == (503, "store_unavailable")
+        health = (await ask(gateway, b"", "/admin/v1/ledger", method="GET", headers=ROOT)).json
+        assert (health["kind"], health["is_reachable"]) == ("redis", False)
         assert gateway.metric("thinkgate_store_stale") == 1
         assert gateway.metric("thinkgate_store_failures_total") >= 1
         with ValkeyServer(port=port):
