@@ -1,9 +1,9 @@
-# The gateway in front of your own backends; no torch. With the embedded engine:
-#   docker build --build-arg EXTRAS=embedded -t thinkgate .
+# The gateway in front of your own backends, with any store; no torch. With the embedded engine:
+#   docker build --build-arg EXTRAS=embedded,redis -t thinkgate .
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS build
-ARG EXTRAS=""
+ARG EXTRAS="redis"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /venv

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BENCHES = ("overhead", "soak")
+BENCHES = ("overhead", "soak", "ledger")
 """What `make bench` runs; each is `python -m bench.NAME`."""
 
 
@@ -108,5 +108,9 @@ CLAIMS = (
     Claim(
         bench="soak", key="nothing_left", at_least=True,
         text="no hold, request or upstream stream left after them",
+    ),
+    Claim(
+        bench="ledger", key="growth_is_flat", at_least=True,
+        text="hold and settle take as long with 100,000 keys as with 10",
     ),
 )  # fmt: skip

@@ -18,14 +18,13 @@ from typing import IO, TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from budget.ledger import Limit
-from budget.memory import MemoryLedger
-from budget.price import nano_usd
 from gateway import __version__
+from gateway.api.admin import Admin
+from gateway.api.admin_door import REQUEST_ID
 from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found
 from gateway.auth import Keyring
 from gateway.backends.http_backend import HttpBackend
-from gateway.config_load import secret_sha256s
+from gateway.config_load import key_hash_secret, secret_sha256s
 from gateway.edge import ClientGone, Exchange, Message, Receive, Scope, Send
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.log import LineWriter
@@ -33,14 +32,18 @@ from gateway.metrics import Metrics
 from gateway.models import Model, Slot, build_models
 from gateway.record import Record
 from gateway.shapes import Decisions
+from gateway.store import open_ledger, open_records
+from gateway.stored import Stored
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
-    from budget.ledger import Hold
+    from budget.ledger import Hold, Ledger
     from gateway.config import Config
 
 log = logging.getLogger("thinkgate")
+OFFLINE = (b"x-thinkgate-budget", b"offline")
 SWEEP_S = 1.0
+clock = time.time  # seconds since 1970: handed down from here
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +56,14 @@ class Serving:
     decisions: Decisions
 
 
-def serving(config: Config, known: dict[str, Model] | None = None) -> Serving:
+def serving(config: Config, stored: Stored, known: dict[str, Model] | None = None) -> Serving:
     """What a configuration puts in force; backends that stay the same are taken over from `known`.
 
     Raises: ConfigError when a secret or credential is missing.
     """
-    keyring = Keyring(config, secret_sha256s(config))
+    keyring = Keyring(config, secret_sha256s(config), stored)
     models = build_models(config, known)
     return Serving(config, keyring, models, Decisions(config, models))
-
-
-def ledger_limits(config: Config) -> list[Limit]:
-    """The configured limits in the ledger's units."""
-    return [
-        Limit(
-            scope=limit.scope,
-            unit=limit.unit,
-            amount=nano_usd(limit.amount) if limit.unit == "usd" else int(limit.amount),
-            window=limit.window,
-        )
-        for limit in config.limits
-    ]
 
 
 class Gateway(FastAPI):
@@ -83,7 +73,7 @@ class Gateway(FastAPI):
         config: a validated configuration.
         log_stream: where the request lines go.
 
-    Raises: ConfigError when a secret or credential is missing.
+    Raises: ConfigError when a secret or credential is missing, or the store cannot be used.
     """
 
     def __init__(self, config: Config, *, log_stream: IO[str] = sys.stdout) -> None:
@@ -96,12 +86,25 @@ class Gateway(FastAPI):
             exception_handlers={404: not_found, 405: not_found},
         )
         self.lines = LineWriter(log_stream)
-        self.serving = serving(config)
-        self.ledger = MemoryLedger(ledger_limits(config), clock=time.time)
+        self.stored = Stored(
+            open_records(config.store, clock=clock),
+            clock=clock,
+            hash_secret=key_hash_secret(config),
+            is_new=config.store.kind == "memory",
+            on_limits=self._join_limits,
+            on_read=self._store_was_read,
+        )
+        self.serving = serving(config, self.stored)
+        self.admin = Admin(self.stored, lambda: self.serving.config, lambda: self.ledger)
+        self.ledger: Ledger = open_ledger(config.store, self.admin.limits.in_force(config), clock=clock)
         self.watch = Watch(config.server.timeouts)
         self.is_draining = False
         self.metrics = Metrics(
-            self.ledger.held, lambda: len(self.watch), lambda: self.serving.models, before_scrape=self.lines.flush
+            self.ledger.held,
+            lambda: len(self.watch),
+            lambda: self.serving.models,
+            figures=self.ledger.figures,
+            before_scrape=self.lines.flush,
         )
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
@@ -115,7 +118,8 @@ class Gateway(FastAPI):
             if route is not None:
                 await self._hot(route, scope, receive, send)
                 return
-            send = with_request_id(Exchange(scope, receive, send).request_id, send)
+            request_id = scope[REQUEST_ID] = Exchange(scope, receive, send).request_id
+            send = with_request_id(request_id, send)
         await super().__call__(scope, receive, send)
 
     async def _hot(self, route: Handler, scope: Scope, receive: Receive, send: Send) -> None:
@@ -156,8 +160,8 @@ class Gateway(FastAPI):
         return self._epoch_s
 
     def limit_headers(self, hold: Hold) -> Headers:
-        """`x-ratelimit-*` and the remaining budget, where limits exist."""
-        headers: Headers = []
+        """`x-ratelimit-*` and the remaining budget, where limits exist; and whether it was held without the store."""
+        headers: Headers = [OFFLINE] if hold.is_offline else []
         requests, tokens = hold.remaining("requests"), hold.remaining("tokens")
         if requests is not None:
             headers += [
@@ -180,16 +184,26 @@ class Gateway(FastAPI):
 
         Raises: ConfigError when a secret or credential is missing; then the old one stays in force.
         """
-        new = serving(config, self.serving.models)
-        self.ledger.set_limits(ledger_limits(config))
+        new = serving(config, self.stored, self.serving.models)
+        self.ledger.set_limits(self.admin.limits.in_force(config))
         self.serving = new
         self._watch_slots()
+
+    def _join_limits(self) -> None:
+        self.ledger.set_limits(self.admin.limits.in_force(self.serving.config))
+
+    def _store_was_read(self, is_read: bool) -> None:
+        self.metrics.store_stale = not is_read
+        if not is_read:
+            self.metrics.store_failures.add()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            background = [tasks.create_task(self.watch.run()), tasks.create_task(self._sweep())]
+            await self.stored.follow()
+            work = (self.watch.run(), self._sweep(), self.ledger.run(), self.stored.keep_up())
+            background = [tasks.create_task(each) for each in work]
             self._watch_slots()
             try:
                 yield
@@ -200,6 +214,7 @@ class Gateway(FastAPI):
                     task.cancel()
                     await slot.backend.close()
                 await self.ledger.close()
+                await self.stored.records.close()
                 self.lines.close()
 
     def _watch_slots(self) -> None:

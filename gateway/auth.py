@@ -1,4 +1,7 @@
-"""Who asks: a bearer secret to a key. Secrets are kept as SHA-256 digests only.
+"""Who asks: a bearer secret to a key. Secrets are kept as digests only.
+
+Keys of the file come with the SHA-256 of their secret, keys of the store with a keyed hash. The latter are known by the
+form of their secret, so that a valid secret is digested once, whichever it is.
 
 O(1): one digest, one look-up by it, one constant-time compare. A digest is not secret-dependent in its
 timing, so the look-up tells an attacker nothing about a stored secret.
@@ -10,9 +13,14 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from gateway.config import Config, KeyConfig
-from gateway.errors import PermissionDenied, Unauthenticated
+from gateway.config import Config, KeyConfig, KeyTraits
+from gateway.errors import PermissionDenied, StoreUnavailable, Unauthenticated
+from gateway.secret import KEY_BYTES, KEY_START
+
+if TYPE_CHECKING:
+    from gateway.stored import Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +46,20 @@ class Key:
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
         """Build from an entry of `keys`."""
-        owners = [("user", config.user), ("team", config.team), ("org", config.org)]
-        scopes = [f"key:{config.id}", *(f"{kind}:{name}" for kind, name in owners if name)]
+        return cls.from_traits(config.id, config)
+
+    @classmethod
+    def from_traits(cls, id: str, traits: KeyTraits) -> Key:
+        """Build from what a key is, wherever it is kept."""
+        owners = [("user", traits.user), ("team", traits.team), ("org", traits.org)]
+        scopes = [f"key:{id}", *(f"{kind}:{name}" for kind, name in owners if name)]
         return cls(
-            id=config.id,
-            scopes=tuple(dict.fromkeys((*scopes, *(f"tag:{tag}" for tag in config.tags)))),
-            models=None if config.models is None else frozenset(config.models),
-            modes=None if config.modes is None else frozenset(config.modes),
-            max_thinking_tokens=config.max_thinking_tokens,
-            both_fields=config.reasoning_field == "both",
+            id=id,
+            scopes=tuple(dict.fromkeys((*scopes, *(f"tag:{tag}" for tag in traits.tags)))),
+            models=None if traits.models is None else frozenset(traits.models),
+            modes=None if traits.modes is None else frozenset(traits.modes),
+            max_thinking_tokens=traits.max_thinking_tokens,
+            both_fields=traits.reasoning_field == "both",
         )
 
 
@@ -57,30 +70,49 @@ class Keyring:
     """All keys by digest of their secret.
 
     Args:
-        config: the configuration; with no `keys` everybody is ANYONE.
+        config: the configuration; with no key at all, and on loopback, everybody is ANYONE.
         digests: key id -> hex SHA-256 of its secret.
+        stored: the keys of the store; None where there is none. One whose id the file has is shadowed by it.
     """
 
-    def __init__(self, config: Config, digests: Mapping[str, str]) -> None:
+    def __init__(self, config: Config, digests: Mapping[str, str], stored: Stored | None = None) -> None:
         self._by_digest = {
             bytes.fromhex(digests[key.id]): (bytes.fromhex(digests[key.id]), Key.from_config(key))
             for key in config.keys
         }
+        self._ids = frozenset(digests)
+        self._may_be_open = config.may_be_open()
+        self._stored = stored
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody is served, since there is no key."""
+        return self._may_be_open and (self._stored is None or self._stored.never_had_a_key)
 
     def identify(self, authorization: bytes | None) -> Key:
-        """The key of an `Authorization` header. Raises: Unauthenticated."""
-        if not self._by_digest:
+        """The key of an `Authorization` header.
+
+        Raises: Unauthenticated; StoreUnavailable where the store, which may know the key, was never read yet.
+        """
+        if self._may_be_open and self.is_open:
             return ANYONE
         if authorization is None:
             raise Unauthenticated("No API key: send `Authorization: Bearer <key>`.")
         scheme, _, secret = authorization.partition(b" ")
         if scheme.lower() != b"bearer" or not secret:
             raise Unauthenticated("The Authorization header must be `Bearer <key>`.")
-        digest = hashlib.sha256(secret.strip()).digest()
-        stored = self._by_digest.get(digest)
-        if stored is None or not hmac.compare_digest(stored[0], digest):
-            raise Unauthenticated("The API key is not known, or was revoked.")
-        return stored[1]
+        secret = secret.strip()
+        if self._stored is not None and len(secret) == KEY_BYTES and secret.startswith(KEY_START):
+            key = self._stored.key_of(secret)
+            if key is not None and key.id not in self._ids:
+                return key
+        digest = hashlib.sha256(secret).digest()
+        found = self._by_digest.get(digest)
+        if found is not None and hmac.compare_digest(found[0], digest):
+            return found[1]
+        if self._stored is not None and not self._stored.is_loaded:
+            raise StoreUnavailable("The store, where this key may be, cannot be read yet: try again in a moment.")
+        raise Unauthenticated("The API key is not known, was revoked, or has expired.")
 
 
 def check_model(key: Key, model: str) -> None:

@@ -19,8 +19,9 @@ import uvicorn
 from prometheus_client import start_http_server
 
 from gateway import __version__
-from gateway.app import Gateway
+from gateway.app import Gateway, clock
 from gateway.check import check
+from gateway.cli_keys import add_keys_parser, run_keys
 from gateway.config_load import ConfigError, load_config
 from gateway.http_server import GuardedProtocol, sweep_heads
 from gateway.log import configure
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinkgate")
 CANCELLED_S = 10  # after the drain's time: how long cancelled requests may take to say goodbye
 NOT_BUILT = {
-    "keys": "keys live in the configuration file for now: see docs/config.md, `keys`",
     "eval": "the evaluation harness comes with plan-and-budget",
 }
 
@@ -106,7 +106,8 @@ class Server(uvicorn.Server):
             return
         config = self._gateway.serving.config
         url = f"http://{self.config.host}:{self.servers[0].sockets[0].getsockname()[1]}"
-        auth = ' -H "Authorization: Bearer $YOUR_KEY"' if config.keys else ""
+        is_open = self._gateway.serving.keyring.is_open
+        auth = "" if is_open else ' -H "Authorization: Bearer $YOUR_KEY"'
         question = {"role": "user", "content": "Name three rivers."}
         body = json.dumps({"model": next(iter(config.models)), "stream": True, "messages": [question]})
         sys.stderr.write(
@@ -126,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "check":
             return asyncio.run(check(load_config(options.file), sys.stdout))
+        if options.command == "keys":
+            return run_keys(options, clock, sys.stdout, sys.stderr)
         if options.command in NOT_BUILT:
             sys.stderr.write(f"thinkgate {options.command} is not built yet: {NOT_BUILT[options.command]}\n")
             return 2
@@ -147,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", help="without --config: a model folder or Hugging Face id for the embedded engine")
     checker = commands.add_parser("check", help="validate a configuration and probe its backends")
     checker.add_argument("file", type=Path)
+    add_keys_parser(commands.add_parser("keys", help="make, list, rotate and revoke keys in the configured store"))
     for name in NOT_BUILT:
         commands.add_parser(name, help="not built yet").add_argument("rest", nargs=argparse.REMAINDER)
     commands.add_parser("version", help="print the version")

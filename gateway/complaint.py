@@ -1,14 +1,15 @@
-"""A JSON decoder's complaint, as an error that names the field and what would be right.
+"""A decoder's complaint, as an error that names the field and what would be right.
 
-Owns: reading msgspec's messages, and finding the values that a field may have. Only ever runs on the
-way to a 400.
+Owns: reading msgspec's messages, and finding the values that a field may have; the same for pydantic's errors. Only
+ever runs on the way to a 400.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from msgspec import inspect
 
@@ -44,6 +45,28 @@ def invalid_field(text: str, type_: object) -> InvalidRequest:
         said = what[:1].lower() + _short(what[1:])
     code = "invalid_type" if re.match(r"Expected `[^`]*`, got", what) else "invalid_value"
     return InvalidRequest(f"`{param}`: {said}." if param else f"The body: {said}.", param=param or None, code=code)
+
+
+def invalid_model(errors: Sequence[Mapping[str, Any]], *, skip: int = 0) -> InvalidRequest:
+    """The error for the first of pydantic's complaints.
+
+    Args:
+        errors: as `ValidationError.errors()` has them; at least one.
+        skip: so many leading parts of each location are no fields.
+    """
+    error = errors[0]
+    steps = [step for step in error["loc"][skip:] if step != "[key]"]
+    param = _short("".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip("."))
+    kind = error["type"]
+    if kind == "missing":
+        what = f"`{param}`" if param else "A body"
+        return InvalidRequest(f"{what} is required.", param=param or None, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"`{param}` is not a known field.", param=param, code="unknown_parameter")
+    said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    where = f"`{param}`" if param else "The body"
+    return InvalidRequest(f"{where}: {_short(said)}.", param=param or None, code=code)
 
 
 def _short(text: str) -> str:

@@ -1,16 +1,21 @@
 """The configuration: one frozen model, validated once, passed down.
 
-Owns: every key of the file (docs/config.md), its default and what a wrong value should have been.
-Does not own: reading files and the environment (config_load.py), nor secrets, which are only named here.
+Owns: every key of the file (docs/config.md), its default and what a wrong value should have been; those of `limits`
+and `store` are in config_budgets.py. Does not own: reading files and the environment (config_load.py), nor secrets,
+which are only named here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from gateway.config_base import Section
+from gateway.config_budgets import LimitConfig, StoreConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -18,9 +23,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
-SMALLEST_USD = 1e-9
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SCOPE = re.compile(r"^(org|team|user|key|model|tag):\S+$")
 
 
 def _is_variable(name: str) -> str:
@@ -30,12 +33,6 @@ def _is_variable(name: str) -> str:
 
 
 Variable = Annotated[str, AfterValidator(_is_variable)]
-
-
-class Section(BaseModel):
-    """A part of the file: unknown keys are errors, values never change after the start."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Metrics(Section):
@@ -65,6 +62,7 @@ class Server(Section):
     workers: PositiveInt = 1
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     admin_token_env: Variable = "THINKGATE_ADMIN_TOKEN"  # noqa: S105  # the name of a variable
+    key_hash_env: Variable = "THINKGATE_KEY_HASH_SECRET"
     metrics: Metrics = Metrics()
     timeouts: Timeouts = Timeouts()
     media_hosts: tuple[str, ...] = ()
@@ -117,7 +115,7 @@ class ThinkingConfig(Section):
     wrap_up: str = "\n\nTime is up: I answer with what I have.\n"
     native: bool = True
     enforce: Literal["auto", "native", "two_phase"] = "auto"
-    off: dict[str, object] = {"chat_template_kwargs": {"enable_thinking": False}}
+    off: dict[str, object] = Field({"chat_template_kwargs": {"enable_thinking": False}})
 
     @field_validator("off")
     @classmethod
@@ -199,12 +197,9 @@ class ModelConfig(Section):
         return self
 
 
-class KeyConfig(Section):
-    """One API key: whose it is and what it may ask for. The secret itself never stands in the file."""
+class KeyTraits(Section):
+    """Whose a key is and what it may ask for, wherever it is kept."""
 
-    id: str = Field(pattern=r"^\S{1,64}$")
-    secret_env: Variable | None = None
-    secret_sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     user: str | None = None
     team: str | None = None
     org: str | None = None
@@ -215,52 +210,18 @@ class KeyConfig(Section):
     tags: tuple[str, ...] = ()
     reasoning_field: Literal["upstream", "both"] = "upstream"
 
+
+class KeyConfig(KeyTraits):
+    """One API key of the file. The secret itself never stands in it."""
+
+    id: str = Field(pattern=r"^\S{1,64}$")
+    secret_env: Variable | None = None
+    secret_sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
+
     @model_validator(mode="after")
     def _has_one_secret(self) -> Self:
         if (self.secret_env is None) == (self.secret_sha256 is None):
             raise ValueError("needs exactly one of `secret_env` and `secret_sha256`")
-        return self
-
-
-class LimitConfig(Section):
-    """What a scope may spend per window."""
-
-    scope: str
-    unit: Literal["tokens", "thinking_tokens", "usd", "requests", "concurrency"]
-    amount: float = Field(gt=0)
-    window: Literal["second", "minute", "hour", "day", "month", "total"] | None = None
-
-    @model_validator(mode="after")
-    def _window_fits_unit(self) -> Self:
-        if not SCOPE.match(self.scope):
-            raise ValueError("scope must be org:, team:, user:, key:, model: or tag: and a name")
-        if (self.unit == "concurrency") != (self.window is None):
-            raise ValueError("concurrency has no `window`; every other unit needs one")
-        if self.unit != "usd" and self.amount != int(self.amount):
-            raise ValueError(f"amount of {self.unit} must be a whole number, got {self.amount:g}")
-        if self.unit == "usd" and self.amount < SMALLEST_USD:
-            raise ValueError(f"amount of usd must be at least {SMALLEST_USD} (one nano-dollar), got {self.amount:g}")
-        return self
-
-
-class StoreConfig(Section):
-    """Where budgets live."""
-
-    kind: Literal["memory", "sqlite", "redis"] = "memory"
-    path: str | None = None
-    url: str | None = None
-
-    @field_validator("kind")
-    @classmethod
-    def _only_memory_is_built(cls, kind: str) -> str:
-        if kind != "memory":
-            raise ValueError(f"the {kind} store is not built yet: use `memory` (budgets end with the process)")
-        return kind
-
-    @model_validator(mode="after")
-    def _address_fits(self) -> Self:
-        if self.path is not None or self.url is not None:
-            raise ValueError("the memory store takes neither `path` nor `url`")
         return self
 
 
@@ -316,22 +277,27 @@ class Config(Section):
 
     def _limit_problems(self) -> list[str]:
         problems = []
-        known = {"model": list(self.models), "key": [key.id for key in self.keys] or ["anyone"]}
-        unpriced = [name for name, model in self.models.items() if model.price_usd_per_mtok is None]
+        keys = [key.id for key in self.keys] or ["anyone"]
         seen: dict[tuple[str, str, str | None], int] = {}
         for i, limit in enumerate(self.limits):
-            kind, _, name = limit.scope.partition(":")
-            if name not in known.get(kind, [name]):
-                problems.append(f"limits[{i}].scope: {name!r} is not under `{kind}s` ({', '.join(known[kind])})")
             first = seen.setdefault((limit.scope, limit.unit, limit.window), i)
             if first != i:
                 problems.append(f"limits[{i}]: limits {limit.scope} as limits[{first}] does already: keep one of them")
-            reached = [name] if kind == "model" else list(self.models)
-            without = [model for model in reached if model in unpriced]
-            if limit.unit == "usd" and without:
-                problems.append(
-                    f"limits[{i}]: a usd limit needs models.{without[0]}.price_usd_per_mtok, or it could not be held"
-                )
+            problems += [f"limits[{i}]{field}: {text}" for field, text in self.problems_of(limit, keys)]
+        return problems
+
+    def problems_of(self, limit: LimitConfig, keys: Collection[str]) -> list[tuple[str, str]]:
+        """Why a limit cannot be held under this configuration, as (`.field`, text); `keys` are the ids there are."""
+        problems = []
+        kind, _, name = limit.scope.partition(":")
+        known = {"model": list(self.models), "key": keys}
+        if name not in known.get(kind, [name]):
+            problems.append((".scope", f"{name!r} is not under `{kind}s` ({', '.join(known[kind])})"))
+        reached = [name] if kind == "model" else list(self.models)
+        without = [m for m in reached if m in self.models and self.models[m].price_usd_per_mtok is None]
+        if limit.unit == "usd" and without:
+            text = f"a usd limit needs models.{without[0]}.price_usd_per_mtok, or it could not be held"
+            problems.append(("", text))
         return problems
 
     def _server_problems(self) -> list[str]:
@@ -341,6 +307,8 @@ class Config(Section):
         ]
         if self.server.workers > 1 and self.store.kind == "memory":
             problems.append("server.workers: above 1 needs a shared store; the memory store belongs to one process")
+        elif self.server.workers > 1:
+            problems.append("server.workers: above 1 is not built yet: start several gateways on one store")
         if self.server.workers > 1 and embedded:
             problems.append(f"server.workers: above 1 would load the embedded engine of {embedded[0]} several times")
         metrics = self.server.metrics
@@ -348,12 +316,16 @@ class Config(Section):
             problems.append(
                 f"server.metrics.port: {metrics.port} is server.port too: give it another, or null for none"
             )
-        if not self.keys and self.server.host not in LOOPBACK_HOSTS:
+        if not self.keys and self.store.kind == "memory" and not self.may_be_open():
             problems.append(
                 f"server.host: {self.server.host!r} would answer anyone, since no `keys` are configured: "
                 "add keys or bind 127.0.0.1"
             )
         return problems
+
+    def may_be_open(self) -> bool:
+        """Whether anybody is served as long as there is no key at all."""
+        return not self.keys and self.server.host in LOOPBACK_HOSTS
 
     def not_built_yet(self) -> list[str]:
         """Keys that validate but have no effect in this version; said at the start and by `check`."""
@@ -365,7 +337,7 @@ class Config(Section):
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
         inert += [
             f"limits[{i}].scope ({limit.scope} has no key)"
-            for i, limit in enumerate(self.limits)
+            for i, limit in enumerate(self.limits if self.store.kind == "memory" else ())  # a store may have its keys
             if limit.scope not in owned and not limit.scope.startswith(("key:", "model:"))
         ]
         inert += ["search.scorers"] if self.search.scorers else []

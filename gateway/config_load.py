@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from gateway.config import Config
 
 ENV_PREFIX = "THINKGATE_"
+SHORTEST_HASH_SECRET = 16
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MODEL_PATH = ".cache/models/smollm2-135m-instruct"
 
@@ -212,6 +213,17 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
             raise ConfigError(f"keys[{i}]: has the same secret as key {twin!r}")
         digests[key.id] = digest
     return digests
+
+
+def key_hash_secret(config: Config, *, env: Mapping[str, str] | None = None) -> str | None:
+    """What keys the hash of stored secrets; None where the store keeps one. Raises: ConfigError for a short one."""
+    variable = config.server.key_hash_env
+    secret = environment(env).get(variable, "").strip()
+    if secret and len(secret) < SHORTEST_HASH_SECRET:
+        raise ConfigError(
+            f"server.key_hash_env: {variable} needs at least {SHORTEST_HASH_SECRET} characters (openssl rand -hex 32)"
+        )
+    return secret or None
 
 
 def backend_api_key(variable: str | None, *, where: str, env: Mapping[str, str] | None = None) -> str | None:

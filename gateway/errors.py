@@ -9,11 +9,15 @@ Source of the table: docs/api.md, "Errors".
     │   ├── HeadTooLarge          431
     │   └── ModelNotFound         404
     ├── RouteNotFound             404
+    ├── EntryNotFound             404  of the admin API
+    ├── ConflictingChange         409  what would be changed is the file's, taken, or no longer as it was
     ├── MethodNotAllowed          405
     ├── Unauthenticated           401
     ├── PermissionDenied          403
     ├── LimitExceeded             429  the ledger refused: rate, budget spent, budget held
     ├── Overloaded                503  no healthy backend, queue full, draining
+    ├── StoreUnavailable          503  the store of keys and limits cannot be reached
+    ├── BudgetStoreUnreachable    503  nothing can be held, so nothing is spent
     ├── UpstreamRejected          4xx  the backend's own refusal of this request, passed through
     ├── UpstreamError             502  the backend answered badly or broke off
     └── DeadlinePassed            504
@@ -120,6 +124,22 @@ class RouteNotFound(GatewayError):
     default_code = "unknown_url"
 
 
+class EntryNotFound(GatewayError):
+    """The admin API knows no key, limit or token of that name."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class ConflictingChange(GatewayError):
+    """What would be changed belongs to the file, is taken or revoked, or was changed at the same time."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+
 class MethodNotAllowed(GatewayError):
     """The route exists, the method does not."""
 
@@ -191,6 +211,30 @@ class Overloaded(GatewayError):
     status = 503
     type = "service_unavailable_error"
     default_code = "server_is_overloaded"
+    is_retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class StoreUnavailable(GatewayError):
+    """The store of keys and limits cannot be reached."""
+
+    status = 503
+    type = "service_unavailable_error"
+    default_code = "store_unavailable"
+    is_retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class BudgetStoreUnreachable(GatewayError):
+    """The ledger's store does not answer: without a hold nothing is spent."""
+
+    status = 503
+    type = "service_unavailable_error"
+    default_code = "budget_store_unreachable"
     is_retryable = True
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:

@@ -25,7 +25,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class RequestLine(msgspec.Struct, omit_defaults=True):
-    """What is said of one request; `time` is in seconds since 1970."""
+    """What is said of one request; `time` is in seconds since 1970, `offline`: held without the budget store."""
 
     event: str
     time: float
@@ -45,6 +45,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     capped: bool = False
     ended_by: str | None = None
     cost_nano_usd: int = 0
+    offline: bool = False
     error: str | None = None
 
     def publish(self) -> RequestLine:

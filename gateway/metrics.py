@@ -17,6 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from budget.ledger import Figures
+
 if TYPE_CHECKING:
     from budget.ledger import Amounts
     from budget.tokens import TokenCounts
@@ -86,6 +88,7 @@ class Metrics(Collector):
         held: amounts held now.
         in_flight: requests being served.
         models: the models served now.
+        figures: what the ledger knows without asking its store.
         before_scrape: publishes requests that have ended but are not counted yet.
     """
 
@@ -94,9 +97,11 @@ class Metrics(Collector):
         held: Callable[[], Amounts],
         in_flight: Callable[[], int],
         models: Callable[[], dict[str, Model]],
+        figures: Callable[[], Figures] = Figures,
         before_scrape: Callable[[], None] = lambda: None,
     ) -> None:
         self._before_scrape = before_scrape
+        self._figures = figures
         self._held, self._in_flight, self._models = held, in_flight, models
         self._requests = CounterCells("thinkgate_requests", "Requests answered.", ("route", "model", "mode", "status"))
         self._tokens: dict[Labels, list[int]] = {}
@@ -116,6 +121,9 @@ class Metrics(Collector):
         )
         self.reloads = CounterCells("thinkgate_config_reloads", "Configuration reloads.", ("outcome",))
         self.reload_failed = False
+        self.store_failures = CounterCells("thinkgate_store_failures", "Failed readings of stored keys and limits.", ())
+        self.store_failures.add(by=0)
+        self.store_stale = False
         mode = ("model", "mode")
         self._seconds = HistogramCells("thinkgate_request_seconds", "Arrival to end of answer.", mode, SECONDS)
         self._first = HistogramCells("thinkgate_first_byte_seconds", "Arrival to first byte.", mode, SECONDS)
@@ -187,14 +195,35 @@ class Metrics(Collector):
             for kind, count in zip(KINDS, cell, strict=True):
                 tokens.add_metric((model, mode, kind), count)
         yield tokens
-        held = self._held()
-        yield GaugeMetricFamily("thinkgate_held_tokens", "Tokens held and not settled.", value=held.tokens)
-        yield GaugeMetricFamily("thinkgate_held_nano_usd", "Money held and not settled.", value=held.nano_usd)
+        yield from self._ledger()
         yield GaugeMetricFamily("thinkgate_inflight_requests", "Requests being served.", value=self._in_flight())
         yield GaugeMetricFamily(
             "thinkgate_config_reload_failed", "1 while the newest configuration was refused.", value=self.reload_failed
         )
+        yield GaugeMetricFamily(
+            "thinkgate_store_stale",
+            "1 while stored keys and limits are the last that were read.",
+            value=self.store_stale,
+        )
         yield from self._backends()
+
+    def _ledger(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        held, figures = self._held(), self._figures()
+        yield GaugeMetricFamily("thinkgate_held_tokens", "Tokens held and not settled.", value=held.tokens)
+        yield GaugeMetricFamily("thinkgate_held_nano_usd", "Money held and not settled.", value=held.nano_usd)
+        yield GaugeMetricFamily(
+            "thinkgate_store_reachable", "1 while the budget store answers.", value=figures.is_reachable
+        )
+        yield GaugeMetricFamily(
+            "thinkgate_settlements_waiting", "Settlements the store does not have yet.", value=figures.waiting
+        )
+        yield CounterMetricFamily("thinkgate_swept_holds", "Holds settled for dead processes.", value=figures.swept)
+        yield CounterMetricFamily(
+            "thinkgate_offline_holds", "Holds granted while the budget store did not answer.", value=figures.offline
+        )
+        debt = figures.debt
+        yield CounterMetricFamily("thinkgate_debt_tokens", "Tokens used beyond their hold.", value=debt.tokens)
+        yield CounterMetricFamily("thinkgate_debt_nano_usd", "Money used beyond its hold.", value=debt.nano_usd)
 
     def _backends(self) -> Iterator[GaugeMetricFamily]:
         up = GaugeMetricFamily("thinkgate_backend_up", "1 if the backend is up.", labels=("model", "backend"))

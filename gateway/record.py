@@ -34,6 +34,7 @@ class Record:
         "ended_by",
         "error",
         "first_byte_s",
+        "is_offline",
         "key",
         "model",
         "nano_usd",
@@ -53,6 +54,7 @@ class Record:
         self.error: str | None = None
         self.ended_by: str | None = None
         self.first_byte_s: float | None = None
+        self.is_offline = False
         self.overhead_s = 0.0
 
     def begin(self, prepared: Prepared) -> None:
@@ -117,5 +119,6 @@ class Record:
             capped=capped,
             ended_by=self.ended_by,
             cost_nano_usd=self.nano_usd,
+            offline=self.is_offline,
             error=self.error,
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("thinkgate.reload")
 POLL_S = 1.0
-FIXED = ("host", "port", "workers", "metrics", "timeouts")
+FIXED = ("host", "port", "workers", "metrics", "timeouts", "key_hash_env")
 
 
 class Reloader:
@@ -81,6 +81,8 @@ class Reloader:
         """What a running process cannot change is said, not ignored. Raises: ConfigError."""
         old, new = self._gateway.serving.config.server, config.server
         changed = [f"server.{name}" for name in FIXED if getattr(old, name) != getattr(new, name)]
+        if self._gateway.serving.config.store != config.store:
+            changed.append("store")
         if changed:
             raise ConfigError(f"{', '.join(changed)}: cannot change while running: restart instead")
 

@@ -13,12 +13,12 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from budget.envelope import Envelope
-from budget.errors import HoldRefused
+from budget.errors import HoldRefused, StoreUnreachable
 from gateway.aggregate import Aggregator
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
 from gateway.edge import EVENT_STREAM, JSON
-from gateway.errors import Headers, LimitExceeded
+from gateway.errors import BudgetStoreUnreachable, Headers, LimitExceeded
 from gateway.extension import Report, Spent, UsageReport, encode
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
@@ -58,16 +58,20 @@ async def serve_completion(
     body = await exchange.body(state.config.server.max_body_bytes)
     prepared = state.decisions.prepare(body, surface, key, request_id=exchange.request_id, trace=exchange.trace)
     record.begin(prepared)
-    hold = gateway.ledger.hold((*key.scopes, prepared.model.scope), prepared.ceiling)
+    scopes = (*key.scopes, prepared.model.scope)
+    hold = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode)
     try:
         async with hold:
+            record.is_offline = hold.is_offline
             await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
-    except HoldRefused as exc:
+    except (HoldRefused, StoreUnreachable) as exc:
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 
-def refusal(exc: HoldRefused, limit_headers: Headers) -> LimitExceeded:
+def refusal(exc: HoldRefused | StoreUnreachable, limit_headers: Headers) -> LimitExceeded | BudgetStoreUnreachable:
     """The ledger's refusal as the client sees it."""
+    if isinstance(exc, StoreUnreachable):
+        return BudgetStoreUnreachable(str(exc))
     error = LimitExceeded(str(exc), kind=exc.kind, retry_after_s=exc.retry_after_s)
     error.limit_headers = limit_headers
     return error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Raw
 
-from budget.errors import HoldRefused
+from budget.errors import HoldRefused, StoreUnreachable
 from budget.ledger import Amounts
 from budget.tokens import TokenCounts
 from gateway.backends.events import UsageBody
@@ -49,12 +49,13 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
     hold = gateway.ledger.hold((*key.scopes, model.scope), ceiling)
     try:
         async with hold:
+            record.is_offline = hold.is_offline
             slot, answer = await _embed(model, raw, exchange)
             rendered = _account(answer, model, slot, hold, exchange, record)
             await exchange.respond(
                 200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered
             )
-    except HoldRefused as exc:
+    except (HoldRefused, StoreUnreachable) as exc:
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 

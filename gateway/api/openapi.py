@@ -6,9 +6,11 @@ running server and against the structs that check requests.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from gateway import __version__
+from gateway.api.admin_openapi import SCHEME, admin_document
 from gateway.api.schemas import event, ref, schemas
 
 Json = dict[str, Any]
@@ -24,6 +26,7 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "x-thinkgate-backend": ("Id of the backend that served it.", {"type": "string"}),
     "x-thinkgate-overhead-ms": ("Time the gateway itself took before the first byte.", {"type": "number"}),
     "x-thinkgate-budget-remaining-tokens": ("What the tightest token limit has left.", INTEGER),
+    "x-thinkgate-budget": ("`offline`: held without the budget store.", {"const": "offline"}),
     "x-ratelimit-limit-requests": ("The tightest limit of requests.", INTEGER),
     "x-ratelimit-remaining-requests": ("What is left of it.", INTEGER),
     "x-ratelimit-reset-requests": ("Until its window ends.", DURATION),
@@ -36,23 +39,24 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "www-authenticate": ("The challenge.", {"const": "Bearer"}),
 }
 ALWAYS = ("x-request-id",)
-LIMITS = tuple(name for name in HEADERS if name.startswith("x-ratelimit-") or "remaining" in name)
+LIMITS = tuple(name for name in HEADERS if name.startswith(("x-ratelimit-", "x-thinkgate-budget")))
 RETRY = ("retry-after", "retry-after-ms", "x-should-retry")
 ERRORS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "400": ("BadRequest", "Malformed, of a wrong type, contradictory, or not honourable here.", ()),
     "401": ("Unauthenticated", "No key, an unknown key or a revoked one.", ("www-authenticate",)),
     "403": ("Forbidden", "The key may not use this model or mode.", ()),
-    "404": ("NotFound", "No model of that name.", ()),
+    "404": ("NotFound", "No model, key, limit or token of that name.", ()),
+    "409": ("Conflicting", "What would be changed is the file's, taken, or no longer as it was.", ("x-should-retry",)),
     "413": ("TooLarge", "The body is larger than `server.max_body_bytes`.", ()),
     "431": ("HeadTooLarge", "The request's headers are larger than 64 KiB.", ()),
     "429": ("LimitExceeded", "A rate, a budget that is spent, or one that others hold.", (*RETRY, *LIMITS)),
     "4XX": ("BackendRefused", "The backend's own refusal of the request, with its status and error.", ()),
     "500": ("Failed", "A bug of ours; the log has the request id.", ("x-should-retry",)),
     "502": ("BadGateway", "The backend answered badly or broke off.", RETRY),
-    "503": ("Unavailable", "No backend that is up, or the server is draining.", RETRY),
+    "503": ("Unavailable", "No backend or store that is up, or the server is draining.", RETRY),
     "504": ("TimedOut", "The envelope's seconds or a timeout ran out.", RETRY),
 }
-COMPLETION_ERRORS = tuple(ERRORS)
+COMPLETION_ERRORS = tuple(status for status in ERRORS if status != "409")
 SPENT = {"tokens": 1042, "thinking_tokens": 64, "nano_usd": 0}
 THINKGATE = {
     "mode": "reasoning",
@@ -131,27 +135,30 @@ EMBEDDING_RESPONSE = {
 MODEL = {"id": "qwen3", "object": "model", "created": 1795410662, "owned_by": "thinkgate", "max_model_len": 32768}
 
 
+@cache  # FastAPI takes a twentieth of a second to describe its routes
 def document(*, has_keys: bool = True) -> Json:
-    """The whole document.
+    """The whole document; not to be changed by who reads it.
 
     Args:
         has_keys: keys are configured; without any, everybody may call everything.
     """
+    admin_paths, admin_schemas = admin_document({status: name for status, (name, *_) in ERRORS.items()})
     return {
         "openapi": "3.1.0",
         "jsonSchemaDialect": "https://json-schema.org/draft/2020-12/schema",
         "info": {"title": "thinkgate", "version": __version__, "description": DESCRIPTION.strip()},
         "security": [{"bearer": []}] if has_keys else [],
-        "paths": {**_completions(), **_models(), **_health()},
+        "paths": {**_completions(), **_models(), **_health(), **admin_paths},
         "components": {
-            "schemas": schemas(),
+            "schemas": schemas() | admin_schemas,
             "headers": {
                 name: {"description": text, "schema": schema, "required": name in ALWAYS}
                 for name, (text, schema) in HEADERS.items()
             },
             "responses": {name: _error(text, (*ALWAYS, *headers)) for name, text, headers in ERRORS.values()},
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the configuration."}
+                "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the file or of the store."},
+                SCHEME: {"type": "http", "scheme": "bearer", "description": "An admin token."},
             },
         },
     }

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from gateway import __version__
+from gateway.api.admin import ROUTERS, admin_methods
 from gateway.api.embeddings import serve_embedding
 from gateway.api.openapi import document
 from gateway.auth import check_model
@@ -40,7 +41,6 @@ NOT_BUILT = {
     "/v1/files": "call the backend directly",
     "/v1/batches": "send single requests",
     "/v1/moderations": "call the backend directly",
-    "/admin/v1": "keys and limits live in the configuration file, which is reloaded when it changes",
 }
 
 
@@ -73,7 +73,7 @@ async def not_found(request: Request, exc: Exception) -> Response:
     """Unknown routes and wrong methods, in the error format of all others."""
     path = request.url.path
     if getattr(exc, "status_code", 404) == 405:
-        allow = (getattr(exc, "headers", None) or {}).get("Allow", "GET")
+        allow = admin_methods(path) or (getattr(exc, "headers", None) or {}).get("Allow", "GET")
         return error_response(MethodNotAllowed(f"Use {allow} for {path}.", allow=allow))
     for prefix, instead in NOT_BUILT.items():
         if path == prefix or path.startswith(prefix + "/"):
@@ -90,7 +90,9 @@ def add_routes(gateway: Gateway) -> None:
     """Register everything that is not hot."""
     gateway.add_exception_handler(GatewayError, _failed)
     # The documented way to replace it; whether a key is needed may change with a reload.
-    gateway.openapi = lambda: document(has_keys=bool(gateway.serving.config.keys))  # type: ignore[method-assign]
+    gateway.openapi = lambda: document(has_keys=not gateway.serving.keyring.is_open)  # type: ignore[method-assign]
+    for router in ROUTERS:
+        gateway.include_router(router)
     _add_health(gateway)
     _add_models(gateway)
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gateway.models import Model, Slot
     from gateway.tally import Tally
 
-REPORT_EVERY_S = 0.5
 Batches = AsyncGenerator[list[Delta], None]
 
 
@@ -74,7 +73,7 @@ class Run:
         model: where it runs.
         call: what runs.
         tally: what it has used.
-        hold: where use is reported.
+        hold: asks for what is used while it runs, and is told at the end.
         envelope: the request's own bounds.
         clock: monotonic seconds, as the envelope's deadline uses them.
         choices: how many are expected.
@@ -83,7 +82,6 @@ class Run:
         slot: the backend that serves it, once placed.
         ended_by: the bound that ended it early, or None.
         finished: choices that have a finish_reason.
-        reported_at_s: when the hold was last told.
         most_output: output tokens of all choices together that were asked for.
         is_bounded: the envelope bounds anything.
         counts: tokens by kind, once the books are closed.
@@ -106,7 +104,6 @@ class Run:
     slot: Slot | None = None
     ended_by: str | None = None
     finished: set[int] = field(default_factory=set)
-    reported_at_s: float = 0.0
     most_output: int = field(init=False)
     is_bounded: bool = field(init=False)
     counts: TokenCounts | None = None
@@ -120,6 +117,11 @@ class Run:
         """What stays the same for every token."""
         self.most_output = (self.call.max_tokens + self.slack) * self.choices
         self.is_bounded = self.envelope.is_bounded()
+        self.hold.report(self.used)
+
+    def used(self) -> Amounts:
+        """What was used so far; whoever holds for it asks at least once a second."""
+        return self.tally.amounts(self.tally.counts())
 
     @property
     def overrun(self) -> int:
@@ -158,7 +160,7 @@ class Run:
             return False
         if guard is not None and not guard.is_ordinary(token_id):
             return False
-        if self.clock() - self.reported_at_s > REPORT_EVERY_S or not deliver(event):
+        if not deliver(event):
             return False
         tally.add_one(index, is_thinking=is_thinking)
         if guard is not None:
@@ -196,14 +198,10 @@ class Run:
         if guard is not None:
             deltas = guard.kept(deltas)
             self.is_cut = guard.is_lost()
-        now_s = self.clock()
         if self.is_bounded or tally.output() > self.most_output:
-            spent = self._spent(now_s)
+            spent = self._spent()
             if spent is not None:
                 return self._end_spent(deltas, spent)
-        if now_s - self.reported_at_s > REPORT_EVERY_S:
-            self.reported_at_s = now_s
-            self.hold.report(tally.amounts(tally.counts()))
         return deltas
 
     def _end_spent(self, deltas: list[Delta], spent: str) -> list[Delta]:
@@ -239,13 +237,13 @@ class Run:
             kept.append(delta)
         return kept
 
-    def _spent(self, now_s: float) -> str | None:
+    def _spent(self) -> str | None:
         """The bound that is met, or None."""
         if self.tally.output() > self.most_output + self._dropped():
             return "hold"
-        used = self.tally.amounts(self.tally.counts())
+        used = self.used()
         try:
-            self.envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=now_s)
+            self.envelope.check(tokens=used.tokens, nano_usd=used.nano_usd, now_s=self.clock())
         except EnvelopeSpent as exc:
             return f"envelope.{exc.part}"
         return None

@@ -178,10 +178,9 @@ class Summaries:
         return not self._is_spent(tokens=prompt + output, nano_usd=nano_usd)
 
     def _is_spent(self, *, tokens: int = 0, nano_usd: int = 0) -> bool:
-        """Tell the hold what was used; whether the envelope is spent by that, and so much on top."""
+        """Whether the envelope is spent by what was used, and so much on top."""
         run = self._run
-        used = run.tally.amounts(run.tally.counts())
-        run.hold.report(used)
+        used = run.used()
         try:
             run.envelope.check(tokens=used.tokens + tokens, nano_usd=used.nano_usd + nano_usd, now_s=run.clock())
         except EnvelopeSpent:

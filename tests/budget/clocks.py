@@ -1,20 +1,20 @@
-"""Time as a test wants it, and ledgers that live by it."""
+"""Time and limits as a test wants them."""
 
 from __future__ import annotations
 
 import datetime as dt
 
 from budget.ledger import Amounts, Limit, Unit, Window
-from budget.memory import MemoryLedger
 
 TEN = Amounts(tokens=10)
+NOON = dt.datetime(2024, 5, 17, 12, tzinfo=dt.UTC)
 
 
 class Clock:
     """Seconds since 1970, as a test wants them."""
 
-    def __init__(self, year: int = 2024, month: int = 5, day: int = 17, hour: int = 12) -> None:
-        self.now = dt.datetime(year, month, day, hour, tzinfo=dt.UTC).timestamp()
+    def __init__(self) -> None:
+        self.now = NOON.timestamp()
 
     def __call__(self) -> float:
         """The time."""
@@ -24,12 +24,6 @@ class Clock:
 def tokens(amount: int, window: Window | None = "hour", scope: str = "key:a", unit: Unit = "tokens") -> Limit:
     """A limit."""
     return Limit(scope=scope, unit=unit, amount=amount, window=window)
-
-
-def ledger_of(*limits: Limit) -> tuple[MemoryLedger, Clock]:
-    """A ledger at noon."""
-    clock = Clock()
-    return MemoryLedger(limits, clock=clock), clock
 
 
 def utc(year: int, month: int, day: int, hour: int = 0, minute: int = 0, second: int = 0) -> float:

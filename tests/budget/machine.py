@@ -1,26 +1,27 @@
-"""A ledger played against a model of it that knows only the definitions of docs/architecture.md.
-
-The model sums the history; it shares no code with a ledger. A ledger in another store is tested by
-subclassing `LedgerMachine`.
-"""
+"""A ledger played against a model of the books, in any order, through the port alone, by one process."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import tempfile
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from budget.errors import HoldRefused
-from budget.ledger import Amounts, Limit, Unit, Window
-from budget.memory import MemoryHold, MemoryLedger
+from budget.errors import HoldRefused, StoreUnreachable
+from budget.ledger import Amounts, Hold, Ledger, Limit, Unit, Window
+from tests.budget.model import DAY_S, PERIOD_S, Entry, Model, Page, Rate, began, counted, need_of
+from tests.budget.places import MemoryPlace, Place
+from tests.budget.virtual import Fault, FaultyStore, VirtualLoop
 
 T = TypeVar("T")
+MEMORY = Path("/dev/shm")  # where it is there, no play waits for a disk
 NEW_YEAR_2024 = dt.datetime(2024, 1, 1, tzinfo=dt.UTC).timestamp()
 SCOPES = ("key:a", "team:ml", "org:acme")
 KINDS: list[tuple[Unit, Window | None]] = [
@@ -30,6 +31,7 @@ KINDS: list[tuple[Unit, Window | None]] = [
     ("thinking_tokens", "day"),
     ("usd", "month"),
     ("requests", "minute"),
+    ("requests", "hour"),
     ("concurrency", None),
 ]
 LIMITS = st.lists(
@@ -44,90 +46,81 @@ LIMITS = st.lists(
 )
 AMOUNTS = st.builds(Amounts, tokens=st.integers(0, 20), thinking_tokens=st.integers(0, 20), nano_usd=st.integers(0, 20))
 SCOPE_SETS = st.lists(st.sampled_from(SCOPES), unique=True, min_size=1, max_size=3)
-
-
-def at_once(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that must not wait for anything."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    raise AssertionError("the memory ledger waited for something")
-
-
-def label(window: Window | None, now: float) -> tuple[int, ...]:
-    """Which calendar window holds `now`; labels of one kind are ordered."""
-    time = dt.datetime.fromtimestamp(now, tz=dt.UTC).timetuple()
-    parts = {"month": 2, "day": 3, "hour": 4, "minute": 5, "second": 6}
-    return () if window is None else tuple(time[: parts.get(window, 0)])
-
-
-def need_of(amounts: Amounts, unit: Unit) -> int:
-    """What a hold takes of a unit."""
-    return {"tokens": amounts.tokens, "thinking_tokens": amounts.thinking_tokens, "usd": amounts.nano_usd}.get(unit, 1)
+PICK = st.integers(0, 99)
+NOTHING = Amounts()
 
 
 @dataclass(eq=False)
-class Account:
-    """One limit of the model and everything that happened under it."""
+class Process:
+    """One process: its ledger, and its holds that are open.
 
-    limit: Limit
-    rolled_at: float
-    entries: list[Entry] = field(default_factory=list)
-    lowered: int = 0
+    Attributes:
+        pending: what it could not tell its store yet: which hold, and its use; None releases it.
+    """
 
-    def touch(self, now: float) -> None:
-        """A new window begins when the calendar says so; a clock that jumps back changes nothing."""
-        window = self.limit.window
-        if label(window, now) > label(window, self.rolled_at):
-            self.rolled_at, self.entries, self.lowered = now, [], 0
+    ledger: Ledger
+    store: FaultyStore | None = None
+    open: list[Mine] = field(default_factory=list)
+    pending: list[tuple[Entry | None, Amounts | None]] = field(default_factory=list)
 
-    def held(self) -> int:
-        """Of the holds that are open."""
-        return sum(need_of(entry.ceiling, self.limit.unit) for entry in self.entries if entry.is_open)
+    def is_lost(self) -> bool:
+        """Its store did not answer, and it has not found it again."""
+        return not self.ledger.figures().is_reachable
 
-    def settled(self) -> int:
-        """Of the holds that have ended; concurrency is used up by nothing."""
-        unit = self.limit.unit
-        if unit == "concurrency":
-            return 0
-        return sum(need_of(entry.used, unit) for entry in self.entries if not entry.is_open)
+    def fault(self) -> Fault | None:
+        """What befalls its next call."""
+        if self.store is None:
+            return None
+        return self.store.faults[0] if self.store.faults else self.store.always
 
-    def debt(self) -> int:
-        """What was used beyond the holds."""
-        unit = self.limit.unit
-        over = [need_of(e.used, unit) - need_of(e.ceiling, unit) for e in self.entries if not e.is_open]
-        return 0 if unit == "concurrency" else sum(max(0, each) for each in over)
+    def is_deaf(self) -> bool:
+        """None of its calls arrives, or is even made."""
+        return self.is_lost() or (self.store is not None and self.store.always == "before")
 
-    def free(self) -> int:
-        """Room for another hold."""
-        return self.limit.amount - self.settled() - self.held()
+    def is_mute(self) -> bool:
+        """It gets no answers."""
+        return self.store is not None and self.store.always == "after"
 
 
 @dataclass(eq=False)
-class Entry:
-    """One hold of the model."""
+class Mine:
+    """A hold as its process has it."""
 
-    hold: MemoryHold
+    hold: Hold
+    entry: Entry
     ceiling: Amounts
-    accounts: list[Account]
-    used: Amounts = field(default_factory=Amounts)
-    is_open: bool = True
+    used: Amounts = NOTHING
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Hold, report, end, roll and reload in any order; the ledger always agrees with the model."""
+    """Hold, extend, report, end, roll and reload in any order; the ledger always agrees with the model."""
 
-    ledger_class: ClassVar[type[MemoryLedger]] = MemoryLedger
+    place_class: ClassVar[type[Place]] = MemoryPlace
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = NEW_YEAR_2024
-        self.accounts: dict[tuple[str, Unit, Window | None], Account] = {}
-        self.open: list[Entry] = []
-        self.ended: list[Entry] = []
-        self.ledger = self.ledger_class(clock=lambda: self.now)
+        self.folder = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
+        self.runner = asyncio.Runner(loop_factory=VirtualLoop)
+        self.place = self.place_class(Path(self.folder.name))
+        self.place.clock.now = self.latest_s = NEW_YEAR_2024
+        self.model = Model()
+        self.limits: list[Limit] = []
+        self.is_steady = True
+        self.ended: list[Mine] = []
+        self.processes = self.begin()
+
+    def begin(self) -> list[Process]:
+        """The processes at first."""
+        return [Process(self.place.ledger())]
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine."""
+        return self.runner.run(work)
+
+    @property
+    def now_s(self) -> float:
+        """The time of the place."""
+        return self.place.clock.now
 
     # --------------------------------------------------------------------------------- what can happen
 
@@ -136,158 +129,256 @@ class LedgerMachine(RuleBasedStateMachine):
         """Most runs begin with some limits."""
         self.set_limits(limits)
 
-    @rule(seconds=st.sampled_from([0.25, 1.0, 59.0, 3600.0, 86_400.0, 31 * 86_400.0]))
+    @rule(seconds=st.sampled_from([0.25, 1.0, 9.0, 59.0, 3600.0, 86_400.0, 31 * 86_400.0]))
     def time_passes(self, seconds: float) -> None:
-        """Windows may end."""
-        self.now += seconds
+        """Windows and leases may end."""
+        self.before_time_passes(self.now_s + seconds)
+        self.place.clock.now += seconds
+        self.latest_s = max(self.latest_s, self.now_s)
 
-    @rule(seconds=st.sampled_from([0.5, 61.0, 7200.0]))
+    def before_time_passes(self, until_s: float) -> None:
+        """What cannot be told apart later."""
+
+    @rule(seconds=st.sampled_from([0.5, 61.0, 7200.0, 80_000.0]))
     def the_clock_jumps_back(self, seconds: float) -> None:
-        """As NTP or a migrated machine does."""
-        self.now -= seconds
+        """As NTP or a migrated machine does; by no more than a day in all."""
+        self.is_steady = False
+        self.place.clock.now = max(self.now_s - seconds, self.latest_s - DAY_S)
 
     @rule(limits=LIMITS)
     def set_limits(self, limits: list[Limit]) -> None:
-        """A reload; of two limits on the same thing the tighter one counts."""
-        self.ledger.set_limits(limits)
-        known, self.accounts = self.accounts, {}
-        for limit in sorted(limits, key=lambda each: each.amount, reverse=True):
-            key = (limit.scope, limit.unit, limit.window)
-            account = known.get(key) or Account(limit, rolled_at=0.0)
-            account.limit = limit
-            self.accounts[key] = account
-        for account in self.accounts.values():
-            committed = account.settled() + account.held()
-            account.lowered = max(0, committed - account.debt() - account.limit.amount)
+        """A reload."""
+        self.is_steady = not self.limits and self.is_steady
+        self.limits = limits
+        self.model.set_limits(limits)
+        for process in self.processes:
+            process.ledger.set_limits(limits)
 
-    @rule(scopes=SCOPE_SETS, ceiling=AMOUNTS)
-    def hold(self, scopes: list[str], ceiling: Amounts) -> None:
+    @rule(pick=PICK, scopes=SCOPE_SETS, ceiling=AMOUNTS, mode=st.sampled_from(["instant", "reasoning"]))
+    def hold(self, pick: int, scopes: list[str], ceiling: Amounts, mode: str) -> None:
         """A request arrives: it is held everywhere, or refused for the tightest limit and held nowhere."""
-        mine = [account for key, account in self.accounts.items() if key[0] in scopes]
-        for account in mine:
-            account.touch(self.now)
-        short = [a for a in mine if need_of(ceiling, a.limit.unit) > a.free()]
-        hold = self.ledger.hold(scopes, ceiling)
-        if short:
-            with pytest.raises(HoldRefused) as refused:
-                at_once(hold.__aenter__())
-            self.check_refusal(refused.value, short, ceiling)
+        process = self.processes[pick % len(self.processes)]
+        hold = process.ledger.hold(scopes, ceiling, mode=mode)
+        if process.is_deaf():
+            if not process.is_lost():  # then the attempt is released later, as nobody knows whether it arrived
+                process.pending.append((None, None))
+            self.fail(process, hold.__aenter__())
             return
-        assert at_once(hold.__aenter__()) is hold
-        entry = Entry(hold, ceiling, mine)
-        self.open.append(entry)
-        for account in mine:
-            account.entries.append(entry)
+        pages = self.model.pages_for(scopes, self.now_s)
+        short = self.model.short(pages, ceiling, self.now_s)
+        entry = Entry(tuple(scopes), mode, ceiling, day_of(self.now_s), self.now_s + self.lease_s, pages)
+        if not short:
+            self.model.take(entry, self.now_s)
+        if process.is_mute():
+            self.fail(process, hold.__aenter__())
+            process.pending.append((None if short else entry, None))
+        elif short:
+            with pytest.raises(HoldRefused) as refused:
+                self.run(hold.__aenter__())
+            check_refusal(refused.value, short, ceiling, self.now_s)
+        else:
+            assert self.run(hold.__aenter__()) is hold
+            process.open.append(Mine(hold, entry, ceiling))
+            self.check_remaining(hold, pages)
 
-    @precondition(lambda self: self.open)
-    @rule(pick=st.integers(0, 99), used=AMOUNTS)
+    def fail(self, process: Process, work: Coroutine[Any, Any, Any]) -> None:
+        """The store does not answer."""
+        with pytest.raises(StoreUnreachable):
+            self.run(work)
+
+    @precondition(lambda self: self.any_open())
+    @rule(pick=PICK, used=AMOUNTS)
     def report(self, pick: int, used: Amounts) -> None:
         """A stream says what it used so far, now and then more than was held."""
-        entry = self.open[pick % len(self.open)]
-        entry.hold.report(used)
-        entry.used = used
+        _, mine = self.pick_open(pick)
+        mine.hold.report(used)
+        mine.used = used
 
-    @precondition(lambda self: self.open)
-    @rule(
-        pick=st.integers(0, 99),
-        used=st.none() | AMOUNTS,
-        how=st.sampled_from([None, asyncio.CancelledError, ValueError]),
-    )
+    @precondition(lambda self: self.any_open())
+    @rule(pick=PICK, more=AMOUNTS)
+    def extend(self, pick: int, more: Amounts) -> None:
+        """A request grows, in the windows it was held in."""
+        process, mine = self.pick_open(pick)
+        entry = mine.entry
+        if any(isinstance(page, Page) and is_old(page) for page in entry.pages):
+            return  # whether books in which nothing is held are still there is not said
+        if process.is_deaf() or not entry.is_held:
+            self.fail(process, mine.hold.extend(more))
+            return
+        wanted = mine.ceiling.plus(more).beyond(entry.ceiling)  # an answer that was lost may have brought it already
+        short = self.model.short(entry.pages, wanted, self.now_s, is_more=True) if wanted != NOTHING else []
+        if not short and wanted != NOTHING:
+            self.model.extend(entry, wanted, self.now_s)
+        if process.is_mute():
+            self.fail(process, mine.hold.extend(more))
+        elif short:
+            with pytest.raises(HoldRefused) as refused:
+                self.run(mine.hold.extend(more))
+            check_refusal(refused.value, short, wanted, self.now_s, is_more=True)
+        else:
+            self.run(mine.hold.extend(more))
+            mine.ceiling = mine.ceiling.plus(more)
+        assert mine.hold.ceiling == mine.ceiling
+
+    @precondition(lambda self: self.any_open())
+    @rule(pick=PICK, used=st.none() | AMOUNTS, how=st.sampled_from([None, asyncio.CancelledError, ValueError]))
     def end(self, pick: int, used: Amounts | None, how: type[BaseException] | None) -> None:
         """A request ends, is cancelled or fails, after a last report or without; no error is swallowed."""
         if used is not None:
             self.report(pick, used)
-        entry = self.open.pop(pick % len(self.open))
+        self.finish(*self.pick_open(pick), how)
+
+    def finish(self, process: Process, mine: Mine, how: type[BaseException] | None = None) -> None:
+        """End one hold."""
+        fault = "before" if process.is_lost() else process.fault()
         exc = None if how is None else how()
-        assert not at_once(entry.hold.__aexit__(how, exc, None))
-        entry.is_open = False
-        self.ended.append(entry)
+        assert not self.run(mine.hold.__aexit__(how, exc, None))
+        self.run(self.place.books())  # what was sent has arrived, or is known to be lost
+        process.open.remove(mine)
+        self.ended.append(mine)
+        if fault != "before":
+            self.model.end(mine.entry, mine.used, self.now_s)
+        if fault is not None:
+            process.pending.append((mine.entry, mine.used))
 
     @precondition(lambda self: self.ended)
-    @rule(pick=st.integers(0, 99), used=AMOUNTS)
+    @rule(pick=PICK, used=AMOUNTS)
     def speak_after_the_end(self, pick: int, used: Amounts) -> None:
         """A hold that has ended changes nothing any more, whatever is reported to it or however often it ends."""
-        hold = self.ended[pick % len(self.ended)].hold
-        hold.report(used)
-        at_once(hold.__aexit__(None, None, None))
+        mine = self.ended[pick % len(self.ended)]
+        mine.hold.report(used)
+        self.run(mine.hold.__aexit__(None, None, None))
 
     # ------------------------------------------------------------------------------------ what must hold
 
     @invariant()
     def books_agree(self) -> None:
-        """Every account has settled and holds what the history says, within its limit but for debt."""
-        books = self.books()
-        assert books.keys() == self.accounts.keys()
-        for key, account in self.accounts.items():
-            settled, held, debt = books[key]
-            assert (settled, held, debt) == (account.settled(), account.held(), account.debt())
-            assert settled + held <= account.limit.amount + debt + account.lowered
+        """Every window has settled, holds and owes what the history says, within its limit but for debt."""
+        books = self.run(self.place.books())
+        for key, account in self.model.known.items():
+            found = books.pop(key, {})
+            for start_s, page in account.pages.items():
+                settled, held, debt = page.counts()
+                if start_s in found:
+                    assert found.pop(start_s) == (settled, held, debt)
+                else:
+                    assert not held
+                    is_over = began(account.limit.window, self.latest_s - DAY_S) > start_s
+                    assert is_over or is_old(page)
+                assert settled + held <= account.limit.amount + debt + page.lowered
+            assert found == {}
+        assert books == {}
 
     @invariant()
     def total_agrees(self) -> None:
-        """`held()` counts each open hold once, however many limits it falls under."""
-        assert self.ledger.held() == Amounts(
-            tokens=sum(entry.ceiling.tokens for entry in self.open),
-            thinking_tokens=sum(entry.ceiling.thinking_tokens for entry in self.open),
-            nano_usd=sum(entry.ceiling.nano_usd for entry in self.open),
-        )
+        """`held()` counts each open hold of the process once, however many limits it falls under."""
+        for process in self.processes:
+            total = NOTHING
+            for mine in process.open:
+                total = total.plus(mine.ceiling)
+            assert process.ledger.held() == total
 
-    @invariant()
-    def remaining_is_the_tightest(self) -> None:
-        """An open hold tells how much the tightest of its limits has left, never less than nothing."""
-        for entry in self.open:
-            for unit in ("tokens", "requests"):
-                mine = [a for a in entry.accounts if a.limit.unit == unit]
-                rest = entry.hold.remaining(unit)
-                if not mine:
-                    assert rest is None
-                    continue
-                assert rest is not None
-                least = min(account.free() for account in mine)
-                assert rest.remaining == max(0, least)
-                assert rest.limit in {a.limit.amount for a in mine if a.free() == least}
-                assert rest.reset_s >= 0
+    def rates_agree(self) -> None:
+        """Where time went forward and limits stayed, no rate admitted more than its burst and what ran out since."""
+        if not self.is_steady:
+            return
+        for account in self.model.known.values():
+            unit, grants = account.limit.unit, [] if account.rate is None else account.rate.grants
+            per_s = account.limit.amount / PERIOD_S.get(account.limit.window or "", 1)
+            for first, (first_s, _) in enumerate(grants):
+                admitted = 0
+                for later_s, entry in grants[first:]:
+                    admitted += need_of(entry.settled, unit) - entry.debt(unit)
+                    assert admitted <= account.limit.amount + per_s * (later_s - first_s) + 1e-6
+
+    def check_remaining(self, hold: Hold, pages: Sequence[Page | Rate]) -> None:
+        """A hold tells how much the tightest of its limits has left, never less than nothing."""
+        for unit in ("tokens", "requests"):
+            mine = [page for page in pages if page.account.limit.unit == unit]
+            rest = hold.remaining(unit)
+            if not mine:
+                assert rest is None
+                continue
+            assert rest is not None
+            least = min(page.free(self.now_s) for page in mine)
+            assert rest.remaining == max(0, least)
+            assert rest.limit in {page.account.limit.amount for page in mine if page.free(self.now_s) == least}
+            assert rest.reset_s >= 0
+
+    @rule()
+    def usage_agrees(self) -> None:
+        """Usage adds up to what was settled."""
+        today = day_of(self.now_s)
+        first, last = today - dt.timedelta(days=300), today + dt.timedelta(days=2)
+        rows = self.run(self.processes[0].ledger.usage(first, last))
+        assert {(row.day, row.scopes, row.mode): row for row in rows} == self.model.usage(first, last)
+        assert len({(row.day, row.scopes, row.mode) for row in rows}) == len(rows)
 
     def teardown(self) -> None:
         """When everything has ended nothing is held, and settled is what was reported."""
-        while self.open:
-            self.end(0, None, None)
-        self.total_agrees()
-        self.books_agree()
-        assert self.ledger.held() == Amounts()
-        assert {held for _, held, _ in self.books().values()} <= {0}
+        try:
+            self.end_everything()
+            self.books_agree()
+            self.total_agrees()
+            self.usage_agrees()
+            self.rates_agree()
+            assert not any(entry.is_held for entry in self.model.entries)
+        finally:
+            self.run(self.place.close())
+            self.runner.close()
+            self.folder.cleanup()
+
+    def end_everything(self) -> None:
+        """Nothing runs any more."""
+        for process in self.processes:
+            for mine in list(process.open):
+                self.finish(process, mine)
 
     # ------------------------------------------------------------------------------------ how to look
 
-    def books(self) -> dict[tuple[str, Unit, Window | None], tuple[int, int, int]]:
-        """Settled, held and debt of each account."""
-        books = {}
-        for scope, accounts in self.ledger._accounts.items():
-            for account in accounts:
-                key = (scope, account.limit.unit, account.limit.window)
-                assert key not in books, "one limit has two accounts"
-                books[key] = (account.settled, account.held_in_window, account.debt)
-        return books
+    lease_s: ClassVar[float] = float("inf")
 
-    def check_refusal(self, refused: HoldRefused, short: Sequence[Account], ceiling: Amounts) -> None:
-        """It names the tightest limit that is short, and when to try again."""
-        tightness = [account.free() / account.limit.amount for account in short]
-        tightest = [a for a, tight in zip(short, tightness, strict=True) if tight == min(tightness)]
-        named = [a for a in tightest if (a.limit.scope, a.limit.unit) == (refused.scope, refused.unit)]
-        assert named, "the refusal names a limit that is not among the tightest"
-        account = named[0]
-        limit, need = account.limit, need_of(ceiling, account.limit.unit)
-        if need > limit.amount:
-            assert (refused.kind, refused.retry_after_s) == ("budget_spent", None)
-        elif limit.unit == "concurrency" or limit.window in {"second", "minute"}:
-            assert refused.kind == "rate"
-            assert refused.retry_after_s is not None
-            assert refused.retry_after_s > 0
-        elif need <= limit.amount - account.settled():
-            assert refused.kind == "budget_held"
-            assert refused.retry_after_s is not None
-        else:
-            assert (refused.kind, refused.retry_after_s) == ("budget_spent", None)
-        assert limit.scope in str(refused)
-        if limit.unit != "usd":  # those are said in dollars
-            assert str(need) in str(refused)
+    def any_open(self) -> bool:
+        """Some process has an open hold."""
+        return any(process.open for process in self.processes)
+
+    def pick_open(self, pick: int) -> tuple[Process, Mine]:
+        """One of the open holds."""
+        found = [(process, mine) for process in self.processes for mine in process.open]
+        return found[pick % len(found)]
+
+
+def is_old(page: Page) -> bool:
+    """Whether three newer windows have begun."""
+    return page.start_s not in sorted(page.account.pages)[-3:]
+
+
+def day_of(now_s: float) -> dt.date:
+    """The day in UTC."""
+    return dt.datetime.fromtimestamp(now_s, tz=dt.UTC).date()
+
+
+def check_refusal(
+    refused: HoldRefused, short: Sequence[Page | Rate], amounts: Amounts, now_s: float, *, is_more: bool = False
+) -> None:
+    """It names the tightest limit that is short, and when to try again."""
+    tightness = [page.free(now_s) / page.account.limit.amount for page in short]
+    tightest = [page for page, tight in zip(short, tightness, strict=True) if tight == min(tightness)]
+    named = [p for p in tightest if (p.account.limit.scope, p.account.limit.unit) == (refused.scope, refused.unit)]
+    assert named, "the refusal names a limit that is not among the tightest"
+    limit = named[0].account.limit
+    need = counted(amounts, limit.unit, is_more=is_more)
+    if need > limit.amount:
+        assert (refused.kind, refused.retry_after_s) == ("budget_spent", None)
+    elif limit.unit == "concurrency" or isinstance(named[0], Rate):
+        assert refused.kind == "rate"
+        assert refused.retry_after_s is not None
+        assert refused.retry_after_s > 0
+    elif need <= limit.amount - named[0].counts()[0]:
+        assert refused.kind == "budget_held"
+        assert refused.retry_after_s is not None
+    else:
+        assert (refused.kind, refused.retry_after_s) == ("budget_spent", None)
+    assert limit.scope in str(refused)
+    if limit.unit != "usd":  # those are said in dollars
+        assert str(need) in str(refused)

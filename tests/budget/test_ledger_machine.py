@@ -1,22 +1,31 @@
-"""The ledger against a model of it, and ledgers that cheat against the same model."""
+"""Ledgers against a model of them, and ledgers that cheat against the same model.
+
+THINKGATE_STEPS=10000 plays so many steps on each ledger instead of a few hundred.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from budget.ledger import Amounts, Limit
-from budget.memory import MemoryLedger
+from budget.errors import BudgetError
+from budget.ledgers.memory import MemoryLedger
+from budget.ledgers.sqlite import SqliteStore
+from tests.budget.leased_machine import LeasedMachine
 from tests.budget.machine import LedgerMachine
+from tests.budget.mutants import IN_MEMORY, IN_SQLITE
+from tests.budget.places import PLACES, SHARED, MemoryPlace, SqlitePlace
 
-MANY = settings(max_examples=80, stateful_step_count=25, deadline=None)
+RUN_STEPS = 40
+STEPS = int(os.environ.get("THINKGATE_STEPS", "0"))
+FOUND = (AssertionError, BudgetError)  # by the books, or by a hold that ought to have been granted
+pytestmark = pytest.mark.timeout(60 + STEPS // 20)
 FIND = settings(
-    max_examples=400,
-    stateful_step_count=25,
+    max_examples=1000,
+    stateful_step_count=RUN_STEPS,
     deadline=None,
     database=None,
     derandomize=True,
@@ -26,81 +35,41 @@ FIND = settings(
 )
 
 
-def test_the_ledger_agrees_with_its_definition() -> None:
-    """Holds, reports, ends, clock jumps and reloads in any order leave the books as the history says."""
-    run_state_machine_as_test(LedgerMachine, settings=MANY)
+def steps(default: int) -> settings:
+    """So many steps in all."""
+    return settings(
+        max_examples=max(1, (STEPS or default) // RUN_STEPS),
+        stateful_step_count=RUN_STEPS,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
-class DropsSettlements(MemoryLedger):
-    """Gives a hold back without settling its use."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        super().settle(accounts, windows, ceiling, Amounts())
+def test_the_ledger_in_memory_agrees_with_its_definition() -> None:
+    """Holds, extensions, reports, ends, clock jumps and reloads in any order leave the books as the history says."""
+    run_state_machine_as_test(LedgerMachine, settings=steps(2000))
 
 
-class ForgetsToRelease(MemoryLedger):
-    """Settles no hold that used exactly nothing."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        if used != Amounts():
-            super().settle(accounts, windows, ceiling, used)
-
-
-class SkipsAScope(MemoryLedger):
-    """Holds nothing in the widest scope."""
-
-    def take(self, scopes: Sequence[str], ceiling: Amounts) -> list[Any]:
-        return super().take(scopes[:2], ceiling)
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_shared_ledger_agrees_with_its_definition(kind: str) -> None:
+    """So they do when two processes share the books, calls and answers get lost, and processes die or hang."""
+    machine = type(kind, (LeasedMachine,), {"place_class": PLACES[kind]})
+    run_state_machine_as_test(machine, settings=steps(800))
 
 
-class HoldsBeforeItLooks(MemoryLedger):
-    """Takes scope after scope, and keeps what it has when a later one refuses."""
-
-    def take(self, scopes: Sequence[str], ceiling: Amounts) -> list[Any]:
-        taken = [account for scope in scopes for account in super(HoldsBeforeItLooks, self).take([scope], ceiling)]
-        for _ in scopes[1:]:
-            self._count(ceiling, -1)
-        if not scopes:
-            self._count(ceiling, 1)
-        return taken
-
-
-class SettlesIntoTheNextWindow(MemoryLedger):
-    """Charges a hold to whatever window is open when it ends."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        super().settle(accounts, [account.window_id for account in accounts], ceiling, used)
-
-
-class ForgetsDebt(MemoryLedger):
-    """Never settles more than was held."""
-
-    def settle(self, accounts: Sequence[Any], windows: Sequence[int], ceiling: Amounts, used: Amounts) -> None:
-        super().settle(accounts, windows, ceiling, min(used, ceiling, key=lambda amounts: amounts.tokens))
-
-
-class ForgetsOnReload(MemoryLedger):
-    """Begins anew with every reload."""
-
-    def set_limits(self, limits: Sequence[Limit]) -> None:
-        self._accounts = {}
-        super().set_limits(limits)
-
-
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        DropsSettlements,
-        ForgetsToRelease,
-        SkipsAScope,
-        HoldsBeforeItLooks,
-        SettlesIntoTheNextWindow,
-        ForgetsDebt,
-        ForgetsOnReload,
-    ],
-)
+@pytest.mark.parametrize("mutant", IN_MEMORY)
 def test_the_machine_catches_a_ledger_that_cheats(mutant: type[MemoryLedger]) -> None:
     """The machine above can fail: every ledger with one rule broken is found out."""
-    machine = type(mutant.__name__, (LedgerMachine,), {"ledger_class": mutant})
-    with pytest.raises(AssertionError):
+    place = type(mutant.__name__, (MemoryPlace,), {"ledger_class": mutant})
+    machine = type(mutant.__name__, (LedgerMachine,), {"place_class": place})
+    with pytest.raises(FOUND):
+        run_state_machine_as_test(machine, settings=FIND)
+
+
+@pytest.mark.parametrize("mutant", IN_SQLITE)
+def test_the_machine_catches_a_store_that_cheats(mutant: type[SqliteStore]) -> None:
+    """So is every store with one rule of leases and lost answers broken."""
+    place = type(mutant.__name__, (SqlitePlace,), {"store_class": mutant})
+    machine = type(mutant.__name__, (LeasedMachine,), {"place_class": place})
+    with pytest.raises(FOUND):
         run_state_machine_as_test(machine, settings=FIND)

@@ -25,6 +25,12 @@ class Answered:
     body: bytes = b""
 
     @property
+    def json(self) -> Json:
+        """The body, decoded."""
+        decoded: Json = json.loads(self.body)
+        return decoded
+
+    @property
     def error(self) -> Json:
         """The inside of an error body."""
         error: Json = json.loads(self.body)["error"]
@@ -81,7 +87,7 @@ async def ask(
     method: str = "POST",
     headers: Mapping[str, str] | None = None,
 ) -> Answered:
-    """One request and its whole response."""
+    """One request, whose path may have a query, and its whole response."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     messages = iter([{"type": "http.request", "body": data, "more_body": False}, {"type": "http.disconnect"}])
     answered = Answered()
@@ -96,6 +102,7 @@ async def ask(
         else:
             answered.body += message.get("body", b"")
 
+    path, _, query = path.partition("?")
     named = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     scope = {
         "type": "http",
@@ -105,7 +112,7 @@ async def ask(
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "headers": named,
         "server": ("127.0.0.1", 80),
         "client": ("127.0.0.1", 1),

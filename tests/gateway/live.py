@@ -18,7 +18,9 @@ from typing import Any, Literal, Self
 
 import uvicorn
 
+from budget.accounts import CalendarAccount
 from budget.ledger import Amounts
+from budget.ledgers.memory import MemoryLedger
 from gateway.app import Gateway
 from gateway.backends.http import Pool
 from gateway.backends.http_backend import HttpBackend
@@ -117,6 +119,14 @@ class Live:
     def metric(self, name: str, **labels: str) -> float:
         """The value of one series; 0 if there is none."""
         return self.gateway.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def settled_tokens(self) -> int:
+        """What the model's account has settled so far."""
+        ledger = self.gateway.ledger
+        assert isinstance(ledger, MemoryLedger)
+        (account,) = ledger.accounts([f"model:{MODEL}"])
+        assert isinstance(account, CalendarAccount)
+        return sum(page.settled for page in account.books.values())
 
     def request_lines(self) -> list[Json]:
         """The log lines of requests so far."""

@@ -141,12 +141,6 @@ async def assert_clean(gateway: Live, scripted: ScriptedBackend, tasks: set[asyn
     assert asyncio.all_tasks() - tasks == set()
 
 
-def settled_tokens(gateway: Live) -> int:
-    """What the model's account has settled so far."""
-    (account,) = gateway.gateway.ledger.accounts([f"model:{MODEL}"])
-    return account.settled
-
-
 @pytest.mark.parametrize("reason", [None, "disconnect", "envelope", "drain"])
 @pytest.mark.parametrize(("path", "body"), [r[1:] for r in REQUESTS], ids=[r[0] for r in REQUESTS])
 async def test_cancelled_at_every_await(
@@ -162,11 +156,11 @@ async def test_cancelled_at_every_await(
         await asyncio.gather(*scripted._tasks)
         for number in range(1, MOST_AWAITS):
             scripted.forget()
-            before = settled_tokens(gateway)
+            before = gateway.settled_tokens()
             exchange = Exchange(path, body)
             was_cancelled = await run_cancelled(gateway, exchange, number, reason)
             await assert_clean(gateway, scripted, tasks)
-            used = settled_tokens(gateway) - before
+            used = gateway.settled_tokens() - before
             if not was_cancelled:
                 break
             assert used <= 40

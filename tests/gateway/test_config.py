@@ -163,9 +163,22 @@ def test_two_models_do_not_share_a_default() -> None:
         ("limits", [limit(unit="concurrency")], "limits[0]: concurrency has no `window`; every other unit needs one"),
         ("limits", [limit(unit="usd")], "limits[0]: a usd limit needs models.qwen3.price_usd_per_mtok"),
         ("limits", [limit(), limit(amount=5)], "limits[1]: limits model:qwen3 as limits[0] does already: keep one"),
-        ("store.kind", "sqlite", "store.kind: the sqlite store is not built yet: use `memory`"),
-        ("store.kind", "redis", "store.kind: the redis store is not built yet: use `memory`"),
-        ("store.path", "x.db", "store: the memory store takes neither `path` nor `url`"),
+        ("limits", [limit(amount=1e17)], "limits[0]: amount of tokens must be at most 9007199254740992, got 1e+17"),
+        ("store.kind", "etcd", "store.kind: Input should be 'memory', 'sqlite' or 'redis'"),
+        ("store.path", "x.db", "store: the memory store has no `path`: it takes no other key"),
+        ("store", {"kind": "sqlite", "url": "redis://h"}, "store: the sqlite store has no `url`: it takes `path`"),
+        ("store", {"kind": "sqlite", "offline_share": 0.5}, "store: the sqlite store has no `offline_share`: it takes"),
+        ("store", {"kind": "sqlite", "synchronous": "off"}, "store.synchronous: Input should be 'normal' or 'full'"),
+        ("store", {"kind": "sqlite", "lease_s": 1}, "store.lease_s: Input should be greater than or equal to 2"),
+        ("store", {"kind": "sqlite", "timeout_s": 0}, "store.timeout_s: Input should be greater than 0 (got 0)"),
+        ("store", {"kind": "redis", "path": "x.db"}, "store: the redis store has no `path`: it takes `url`"),
+        ("store", {"kind": "redis"}, "store: the redis store needs `url`, such as redis://127.0.0.1:6379/0"),
+        ("store", {"kind": "redis", "url": "http://a"}, "store: the redis store needs `url`, such as redis://"),
+        (
+            "store",
+            {"kind": "redis", "url": "redis://h", "offline_share": 1.5},
+            "store.offline_share: Input should be less than or equal to 1",
+        ),
         ("routing.default_mode", "agentic", "routing.default_mode: Input should be 'auto', 'instant' or 'reasoning'"),
         ("server.host", "0.0.0.0", "server.host: '0.0.0.0' would answer anyone, since no `keys` are configured"),
         ("server.workers", 2, "server.workers: above 1 needs a shared store"),
@@ -268,6 +281,18 @@ def test_without_keys_only_loopback_is_bound(host: str) -> None:
     assert config(("server.host", "0.0.0.0"), ("keys", [key()])).server.host == "0.0.0.0"
 
 
+def test_a_store_in_a_file_has_defaults() -> None:
+    """The SQLite store needs no key but its kind."""
+    store = config(("store", {"kind": "sqlite"})).store
+    assert (store.path, store.synchronous, store.lease_s, store.timeout_s) == ("thinkgate.db", "normal", 10, 1)
+
+
+def test_several_workers_are_refused_also_with_a_shared_store() -> None:
+    """A number of workers that would have no effect stops the start."""
+    (line,) = problems(("server.workers", 2), ("store", {"kind": "sqlite"}))
+    assert line.startswith("server.workers: above 1 is not built yet")
+
+
 def test_workers_would_load_the_embedded_engine_several_times() -> None:
     """Above one worker the embedded engine is refused, naming the model."""
     backends = [{"id": "a", "kind": "embedded", "path": "/w"}]
@@ -326,6 +351,15 @@ def test_anyone_may_be_limited() -> None:
     assert problems(("limits", [limit(scope="key:anyone")]), ("keys", [key()])) == [
         "limits[0].scope: 'anyone' is not under `keys` (ada)"
     ]
+
+
+def test_a_store_may_have_the_keys() -> None:
+    """With a store beside memory, a gateway without keys may bind any address: it then refuses everybody."""
+    for store in ({"kind": "sqlite"}, {"kind": "redis", "url": "redis://127.0.0.1:6379/0"}):
+        assert not config(("server.host", "0.0.0.0"), ("store", store)).may_be_open()
+        assert config(("store", store)).may_be_open()
+        assert not config(("store", store), ("keys", [key()])).may_be_open()
+        assert config(("store", store), ("limits", [limit(scope="team:ml")])).not_built_yet() == []
 
 
 def test_what_has_no_effect_is_listed() -> None:

@@ -14,7 +14,10 @@ import pytest
 import gateway
 from gateway.backends.http import UpstreamUnreachable
 from gateway.errors import (
+    BudgetStoreUnreachable,
+    ConflictingChange,
     DeadlinePassed,
+    EntryNotFound,
     GatewayError,
     HeadTooLarge,
     InvalidRequest,
@@ -25,6 +28,7 @@ from gateway.errors import (
     PermissionDenied,
     RequestTooLarge,
     RouteNotFound,
+    StoreUnavailable,
     Unauthenticated,
     UpstreamError,
     UpstreamRejected,
@@ -33,6 +37,7 @@ from tests.gateway.asgi import ask, gateway_of
 from tests.gateway.still import CHAT, config_of
 
 NO_RETRY = {"x-should-retry": "false"}
+NEXT = {"retry-after": "1", "retry-after-ms": "1000"}
 SOON = {"retry-after": "2", "retry-after-ms": "1500"}
 
 # error, status, type, code, headers: docs/api.md, "Errors".
@@ -43,6 +48,9 @@ TABLE: list[tuple[GatewayError, int, str, str | None, dict[str, str]]] = [
     (HeadTooLarge("x"), 431, "invalid_request_error", "headers_too_large", {}),
     (RequestTooLarge("x"), 413, "invalid_request_error", "request_too_large", {}),
     (ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", {}),
+    (EntryNotFound("x"), 404, "invalid_request_error", "not_found", {}),
+    (ConflictingChange("x"), 409, "invalid_request_error", "conflict", NO_RETRY),
+    (StoreUnavailable("x", retry_after_s=1.5), 503, "service_unavailable_error", "store_unavailable", SOON),
     (RouteNotFound("x"), 404, "invalid_request_error", "unknown_url", {}),
     (RouteNotFound("x", code="not_built"), 404, "invalid_request_error", "not_built", {}),
     (MethodNotAllowed("x", allow="POST"), 405, "invalid_request_error", "method_not_allowed", {"allow": "POST"}),
@@ -63,8 +71,9 @@ TABLE: list[tuple[GatewayError, int, str, str | None, dict[str, str]]] = [
         503,
         "service_unavailable_error",
         "server_is_overloaded",
-        {"retry-after": "1", "retry-after-ms": "1000"},
+        NEXT,
     ),
+    (BudgetStoreUnreachable("x"), 503, "service_unavailable_error", "budget_store_unreachable", NEXT),
     (Overloaded("x", retry_after_s=1.5), 503, "service_unavailable_error", "server_is_overloaded", SOON),
     (UpstreamError("x"), 502, "upstream_error", "upstream_error", {}),
     (UpstreamError("x", retry_after_s=1.5), 502, "upstream_error", "upstream_error", SOON),

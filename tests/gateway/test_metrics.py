@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from budget.ledger import Amounts
+from budget.ledger import Amounts, Figures
 from budget.tokens import TokenCounts
 from gateway.metrics import KINDS, SECONDS, HistogramCells, Metrics
 from gateway.models import Model
@@ -26,6 +26,19 @@ LABELS = {"route", "model", "mode", "status", "code", "backend", "kind", "outcom
 def metrics(models: dict[str, Model] | None = None) -> Metrics:
     """Metrics of a gateway that holds something and serves three requests."""
     return Metrics(lambda: Amounts(tokens=5, nano_usd=7), lambda: 3, lambda: models or {})
+
+
+def test_what_the_ledger_knows_is_told() -> None:
+    """Whether the store answers, what waits for it, what was swept and what was overrun have a series each."""
+    debt = Amounts(tokens=30, thinking_tokens=9, nano_usd=800)
+    figures = Figures(is_reachable=False, waiting=4, swept=2, debt=debt)
+    told = Metrics(Amounts, lambda: 0, dict, figures=lambda: figures)
+    assert value(told, "thinkgate_store_reachable") == 0
+    assert value(told, "thinkgate_settlements_waiting") == 4
+    assert value(told, "thinkgate_swept_holds_total") == 2
+    assert value(told, "thinkgate_debt_tokens_total") == 30
+    assert value(told, "thinkgate_debt_nano_usd_total") == 800
+    assert value(metrics(), "thinkgate_store_reachable") == 1
 
 
 def families(of: Metrics) -> dict[str, Metric]:

@@ -11,6 +11,7 @@ import pytest
 import schemathesis
 from fastapi.routing import APIRoute
 
+from gateway.api.admin import routes as admin_routes
 from gateway.api.openapi import document
 from gateway.api.routes import HOT_ROUTES
 from gateway.api.schemas import NAMES, REQUESTS
@@ -89,13 +90,14 @@ def test_every_reference_leads_somewhere(described: Json) -> None:
 
 
 def test_every_route_is_described_and_nothing_else(described: Json) -> None:
-    """The paths are the hot routes and the routes of FastAPI that are not hidden, with their methods."""
+    """The paths are the hot routes, FastAPI's that are not hidden, and the admin API's, with their methods."""
     gateway = Gateway(Config.model_validate({"models": {"m": {"backends": [{"id": "a", "url": "http://x"}]}}}))
     gateway.lines.close()
     served = {path: {"post"} for path in HOT_ROUTES}
-    for route in gateway.routes:
+    for route in [*gateway.routes, *admin_routes()]:
         if isinstance(route, APIRoute) and route.include_in_schema:
-            served[route.path.replace(":path", "")] = {method.lower() for method in route.methods or ()}
+            methods = served.setdefault(route.path.replace(":path", ""), set())
+            methods |= {method.lower() for method in route.methods or ()}
     assert {path: set(methods) for path, methods in described["paths"].items()} == served
 
 
@@ -227,12 +229,12 @@ async def test_answers_are_as_described(
 
 
 def test_every_error_status_is_described(described: Json) -> None:
-    """The statuses of all errors stand on the hot routes, except 405, which is the answer to other methods."""
+    """Every error's status stands on the hot routes, but 405, for other methods, and 409, of the admin API only."""
 
     def classes(root: type[GatewayError]) -> list[type[GatewayError]]:
         return [root, *(found for child in root.__subclasses__() for found in classes(child))]
 
-    statuses = {str(error.status) for error in classes(GatewayError)} - {"405"}
+    statuses = {str(error.status) for error in classes(GatewayError)} - {"405", "409"}
     for path in HOT_ROUTES:
         assert statuses <= set(described["paths"][path]["post"]["responses"])
         assert "4XX" in described["paths"][path]["post"]["responses"]

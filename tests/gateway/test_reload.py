@@ -139,6 +139,11 @@ BAD: list[tuple[str, str]] = [
     ("", "mapping"),
     ("models: {qwen: {backends: [{id: a, url: ftp://x}]}}", "http://host:8000"),
     ("models: {qwen: {backends: [{id: a, url: http://x}], colour: red}}", "colour"),
+    (
+        "store: {kind: sqlite}\nmodels: {qwen: {backends: [{id: a, url: http://x}]}}",
+        "store: cannot change while running",
+    ),
+    ("server: {key_hash_env: X}\nmodels: {qwen: {backends: [{id: a, url: http://x}]}}", "server.key_hash_env"),
     ("server: {port: 1}\nmodels: {qwen: {backends: [{id: a, url: http://x}]}}", "server.port"),
     (
         "keys: [{id: x, secret_env: NOT_SET_ANYWHERE}]\nmodels: {qwen: {backends: [{id: a, url: http://x}]}}",

@@ -14,6 +14,7 @@ import uvloop
 from hypothesis import HealthCheck, settings
 
 from gateway.api.openapi import document
+from tests.gateway.admin_client import ROOT_SECRET, reporting_ledger
 from tests.gateway.live import EMBEDDINGS, live, tree_of
 from tests.gateway.test_edge import key_of
 from tests.scripted_backend import ScriptedBackend
@@ -47,6 +48,7 @@ async def _serve(started: Future[int], stop: asyncio.Event) -> None:
         tree = tree_of(scripted, keys=[key_of("fuzzer", "good")])
         tree["models"] = dict.fromkeys((KNOWN, "bge"), tree["models"].pop("qwen"))
         async with live(tree) as gateway:
+            gateway.gateway.ledger = reporting_ledger()
             scripted.default = Script(say=[Say(thinking=tokens("hm so"), answer=tokens("it is"))])
             started.set_result(gateway.port)
             await stop.wait()
@@ -55,6 +57,12 @@ async def _serve(started: Future[int], stop: asyncio.Event) -> None:
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
     """A gateway in a thread of its own: the fuzzer is not asynchronous."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("THINKGATE_ADMIN_TOKEN", ROOT_SECRET)
+        yield from _served()
+
+
+def _served() -> Iterator[str]:
     started: Future[int] = Future()
     loop, stop = uvloop.new_event_loop(), asyncio.Event()
 
@@ -80,4 +88,5 @@ def base_url() -> Iterator[str]:
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_gateway_does_what_its_document_says(case: schemathesis.Case[Any], base_url: str) -> None:
     """Every generated request, well formed or not, is answered as the document says, and never with a 500."""
-    case.call_and_validate(base_url=base_url, headers={"Authorization": "Bearer good"})
+    secret = ROOT_SECRET if case.path.startswith("/admin/") else "good"
+    case.call_and_validate(base_url=base_url, headers={"Authorization": f"Bearer {secret}"})

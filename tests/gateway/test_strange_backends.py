@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from budget.envelope import Envelope
-from budget.ledger import Amounts, Remaining, Unit
+from budget.ledger import Amounts, Remaining, Unit, Used
 from budget.price import PriceTable
 from gateway.backends.port import Call, Delta, Kind, Thinking, Usage
 from gateway.backends.reader import MarkerIds, StreamReader
@@ -25,9 +25,10 @@ class Held:
     """A hold that only remembers what it was told."""
 
     ceiling = Amounts()
+    is_offline = False
 
     def __init__(self) -> None:
-        self.used = Amounts()
+        self.used: Used = Amounts()
 
     async def __aenter__(self) -> Held:
         return self
@@ -35,7 +36,10 @@ class Held:
     async def __aexit__(self, *_: object) -> None:
         return None
 
-    def report(self, used: Amounts) -> None:
+    async def extend(self, more: Amounts) -> None:
+        """Nothing limits."""
+
+    def report(self, used: Used) -> None:
         """Remember."""
         self.used = used
 

@@ -12,7 +12,7 @@ from gateway.modes.summary import CLOSING, INSTRUCTION, MOST_TOKENS, OPENING
 from tests.gateway.live import ASK, MODEL, STREAM, Client, Json, Live, ask, live, tree_of
 from tests.gateway.still import config_of, prepared
 from tests.gateway.test_cancellation import Exchange as Served
-from tests.gateway.test_cancellation import assert_clean, run_cancelled, settled_tokens
+from tests.gateway.test_cancellation import assert_clean, run_cancelled
 from tests.gateway.test_streaming import chunk_of, text_of
 from tests.scripted_backend import CHAT, COMPLETIONS, ScriptedBackend
 from tests.scripted_script import Exchange, Gate, Reply, Script, refusal
@@ -107,10 +107,10 @@ async def test_what_it_costs_is_counted_to_the_token(scripted: ScriptedBackend, 
         thoughts = Say(thinking=tokens("let me see " * 12), answer=tokens(ANSWER))
         scripted.queue(Script(say=[thoughts]), Script(say=[TELLS]))
         await ask(gateway, {**body, **AUTO, "thinking_budget": 100})
-        before = settled_tokens(gateway)
+        before = gateway.settled_tokens()
         scripted.queue(Script(say=[thoughts]), Script(say=[TELLS]))
         extension = _closing((await ask(gateway, {**body, **AUTO, "thinking_budget": 100})).body)
-        after = settled_tokens(gateway)
+        after = gateway.settled_tokens()
     call = scripted.calls[-1]
     prompt, output = len(Model().prompt_ids(call.json)), len(call.choices[0].ids())
     assert call.cached >= 32
@@ -271,15 +271,15 @@ async def test_cancelled_at_every_await(scripted: ScriptedBackend, reason: Any) 
         while was_cancelled:
             number += 1
             scripted.forget()
-            before = settled_tokens(gateway)
+            before = gateway.settled_tokens()
             exchange = Served(CHAT, {**STREAM, **AUTO})
             was_cancelled = await run_cancelled(gateway, exchange, number, reason)
             await assert_clean(gateway, scripted, running)
             most = sum(used(call) for call in scripted.calls)
-            assert settled_tokens(gateway) - before <= most
+            assert gateway.settled_tokens() - before <= most
             gateway.pool().close()
         assert number > 15
-        assert settled_tokens(gateway) - before == most
+        assert gateway.settled_tokens() - before == most
         assert exchange.is_complete()
         assert b'"summary":"auto"' in exchange.body
 

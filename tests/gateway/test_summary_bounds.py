@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from budget.envelope import Envelope
-from budget.ledger import Amounts
+from budget.ledger import Amounts, Used, told
 from budget.tokens import TokenCounts
 from gateway.backends.embedded import EmbeddedBackend
 from gateway.backends.http import UpstreamUnreachable
@@ -75,16 +75,13 @@ class Plays:
 
 
 class Held:
-    """A hold that remembers what was reported."""
+    """A hold that remembers how to find out what was used."""
 
-    ceiling = Amounts()
+    used: Used = Amounts()
 
-    def __init__(self) -> None:
-        self.reports: list[Amounts] = []
-
-    def report(self, used: Amounts) -> None:
+    def report(self, used: Used) -> None:
         """Remember."""
-        self.reports.append(used)
+        self.used = used
 
 
 def run_of(
@@ -170,15 +167,13 @@ async def test_a_call_that_is_cut_is_closed_before_its_summary_is_written() -> N
 
 
 async def test_the_hold_hears_of_the_summary_while_it_is_written() -> None:
-    """Every token of it is reported as it comes, at the price of its direction."""
+    """Every token of it counts as it comes, at the price of its direction."""
     run = run_of(Plays([ANSWERS, [Delta(prompt_tokens=20), word("it"), word("!"), usage(20, 2)]]))
-    await shown(run, Summaries(run, "concise"))
-    reports = run.hold.reports  # type: ignore[attr-defined]  # of the fake
-    of_answer = 9 + 2 + 1
-    at = [used.tokens - of_answer for used in reports]
-    assert at[-4:] == [20, 21, 22, 22]
-    nano = 9 * 1000 + 2 * 4000 + 1 * 2000
-    assert [used.nano_usd - nano for used in reports[-4:]] == [20_000, 22_000, 24_000, 24_000]
+    async with aclosing(Summaries(run, "concise").deltas(flow(run))) as batches:
+        reports = [told(run.hold.used) async for _ in batches]  # type: ignore[attr-defined]  # of the fake
+    of_answer, nano = 9 + 2 + 1, 9 * 1000 + 2 * 4000 + 1 * 2000
+    seen = list(dict.fromkeys((used.tokens - of_answer, used.nano_usd - nano) for used in reports))
+    assert seen[-2:] == [(21, 22_000), (22, 24_000)]
     assert reports[-1].thinking_tokens == 2
 
 

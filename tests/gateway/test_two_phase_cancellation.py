@@ -9,7 +9,7 @@ import pytest
 
 from gateway.watch import Reason
 from tests.gateway.live import CHAT, DEADLINE_S, Live
-from tests.gateway.test_cancellation import MOST_AWAITS, Exchange, assert_clean, run_cancelled, settled_tokens
+from tests.gateway.test_cancellation import MOST_AWAITS, Exchange, assert_clean, run_cancelled
 from tests.gateway.wrecks import STORIES, Place, stage
 from tests.scripted_backend import ScriptedBackend
 
@@ -24,14 +24,14 @@ async def test_cancelled_at_every_await(scripted: ScriptedBackend, name: str, n:
         tasks = asyncio.all_tasks()
         for number in range(1, MOST_AWAITS):
             case = on.case(Place(0, -1, 0), stream=bool(number % 2))
-            before = settled_tokens(on.gateway)
+            before = on.gateway.settled_tokens()
             exchange = Exchange(CHAT, on.story.body(case, n=n))
             was_cancelled = await run_cancelled(on.gateway, exchange, number, reason)
             await _closed(on.gateway)
             await assert_clean(on.gateway, scripted, tasks)
             if not was_cancelled:
                 break
-            used = settled_tokens(on.gateway) - before
+            used = on.gateway.settled_tokens() - before
             assert not (b'"error"' in exchange.body and b"[DONE]" in exchange.body)
             assert used > 0 or b'"token_ids":[' not in exchange.body
             on.gateway.pool().close()

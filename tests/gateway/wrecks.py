@@ -256,8 +256,7 @@ class Stage:
         for case in cases:
             used = sum(lines[case.request_id]["tokens"].values())
             assert received(case.received) <= used <= self.hold, case
-        (account,) = self.gateway.gateway.ledger.accounts([f"model:{MODEL}"])
-        assert account.settled == sum(sum(line["tokens"].values()) for line in lines.values())
+        assert self.gateway.settled_tokens() == sum(sum(line["tokens"].values()) for line in lines.values())
         return [lines[case.request_id] for case in cases]
 
 

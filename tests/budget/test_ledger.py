@@ -1,20 +1,22 @@
-"""The ledger in memory: held before, settled after, never beyond a limit, in calendar windows."""
+"""What every ledger does: held before, settled after, never beyond a limit, in calendar windows and rates."""
 
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 
 import pytest
+from msgspec.structs import replace
 
 from budget.errors import BudgetError, HoldRefused
-from budget.ledger import Amounts, Remaining, Window
-from budget.memory import MemoryLedger, window_end
-from tests.budget.clocks import TEN, Clock, ledger_of, tokens, utc
+from budget.ledger import Amounts, Remaining, UsageRow, Window
+from tests.budget.clocks import NOON, TEN, tokens, utc
+from tests.budget.places import Place
 
 
-async def test_a_hold_is_replaced_by_what_was_used() -> None:
+async def test_a_hold_is_replaced_by_what_was_used(place: Place) -> None:
     """Inside the block the ceiling is held; afterwards what was reported last is settled and the rest is free."""
-    ledger, _ = ledger_of(tokens(100))
+    ledger = place.ledger(tokens(100))
     async with ledger.hold(["key:a"], Amounts(tokens=60)) as hold:
         assert ledger.held() == Amounts(tokens=60)
         assert hold.remaining("tokens") == Remaining(limit=100, remaining=40, reset_s=3600.0)
@@ -25,9 +27,9 @@ async def test_a_hold_is_replaced_by_what_was_used() -> None:
         assert hold.remaining("tokens") == Remaining(limit=100, remaining=0, reset_s=3600.0)
 
 
-async def test_a_hold_that_reports_nothing_releases_everything() -> None:
+async def test_a_hold_that_reports_nothing_releases_everything(place: Place) -> None:
     """A request that never reached a backend costs its scopes nothing but the request itself."""
-    ledger, _ = ledger_of(tokens(100), tokens(2, unit="requests"))
+    ledger = place.ledger(tokens(100), tokens(2, unit="requests"))
     async with ledger.hold(["key:a"], Amounts(tokens=100)):
         pass
     async with ledger.hold(["key:a"], Amounts(tokens=100)) as hold:
@@ -36,18 +38,18 @@ async def test_a_hold_that_reports_nothing_releases_everything() -> None:
         assert rest.remaining == 0
 
 
-async def test_without_limits_everything_is_held_and_nothing_refused() -> None:
+async def test_without_limits_everything_is_held_and_nothing_refused(place: Place) -> None:
     """A scope that no limit names is free, and still shows in `held`."""
-    ledger, _ = ledger_of()
+    ledger = place.ledger()
     async with ledger.hold(["key:a"], Amounts(tokens=10**12, nano_usd=5)) as hold:
         assert ledger.held() == Amounts(tokens=10**12, nano_usd=5)
         assert hold.remaining("tokens") is None
     assert ledger.held() == Amounts()
 
 
-async def test_a_failing_request_is_settled_too() -> None:
+async def test_a_failing_request_is_settled_too(place: Place) -> None:
     """An exception inside the block passes through, after what was used is settled."""
-    ledger, _ = ledger_of(tokens(100))
+    ledger = place.ledger(tokens(100))
 
     async def fail() -> None:
         async with ledger.hold(["key:a"], Amounts(tokens=60)) as hold:
@@ -62,9 +64,9 @@ async def test_a_failing_request_is_settled_too() -> None:
         assert rest.remaining == 60
 
 
-async def test_a_cancelled_request_is_settled_too() -> None:
+async def test_a_cancelled_request_is_settled_too(place: Place) -> None:
     """Cancelling the task that holds settles what was reported, at once."""
-    ledger, _ = ledger_of(tokens(100))
+    ledger = place.ledger(tokens(100))
     inside = asyncio.Event()
 
     async def request() -> None:
@@ -83,9 +85,9 @@ async def test_a_cancelled_request_is_settled_too() -> None:
         pass
 
 
-async def test_many_requests_at_once_never_hold_more_than_the_limit() -> None:
+async def test_many_requests_at_once_never_hold_more_than_the_limit(place: Place) -> None:
     """Of a hundred tasks that want ten tokens of a hundred, ten get in and ninety are refused."""
-    ledger, _ = ledger_of(tokens(100), tokens(1000, scope="org:acme"))
+    ledger = place.ledger(tokens(100), tokens(1000, scope="org:acme"))
     inside, leave = 0, asyncio.Event()
 
     async def request() -> str:
@@ -109,38 +111,9 @@ async def test_many_requests_at_once_never_hold_more_than_the_limit() -> None:
     assert ledger.held() == Amounts()
 
 
-@pytest.mark.parametrize("window", ["second", "minute"])
-async def test_a_short_window_is_a_rate(window: Window) -> None:
-    """A limit per second or minute refuses as `rate`, and says when its window ends."""
-    ledger, clock = ledger_of(tokens(10, window))
-    clock.now += 0.25
-    async with ledger.hold(["key:a"], TEN) as hold:
-        hold.report(TEN)
-    with pytest.raises(HoldRefused) as refused:
-        await ledger.hold(["key:a"], TEN).__aenter__()
-    assert (refused.value.kind, refused.value.scope, refused.value.unit) == ("rate", "key:a", "tokens")
-    assert refused.value.retry_after_s == (0.75 if window == "second" else 59.75)
-    clock.now += refused.value.retry_after_s
-    async with ledger.hold(["key:a"], TEN):
-        pass
-
-
-async def test_concurrency_is_a_rate_that_time_does_not_free() -> None:
-    """One request too many at once is refused as `rate`; only the end of another lets it in, not the clock."""
-    ledger, clock = ledger_of(tokens(1, None, unit="concurrency"))
-    async with ledger.hold(["key:a"], TEN):
-        clock.now += 10 * 365 * 86_400
-        with pytest.raises(HoldRefused) as refused:
-            await ledger.hold(["key:a"], TEN).__aenter__()
-        assert (refused.value.kind, refused.value.unit) == ("rate", "concurrency")
-        assert refused.value.retry_after_s is not None
-    async with ledger.hold(["key:a"], TEN):
-        pass
-
-
-async def test_a_budget_that_others_hold_may_come_back() -> None:
+async def test_a_budget_that_others_hold_may_come_back(place: Place) -> None:
     """While what is short is only held, the refusal is `budget_held` and names a time to retry."""
-    ledger, _ = ledger_of(tokens(15, "day"))
+    ledger = place.ledger(tokens(15, "day"))
     async with ledger.hold(["key:a"], TEN):
         with pytest.raises(HoldRefused) as refused:
             await ledger.hold(["key:a"], TEN).__aenter__()
@@ -148,32 +121,32 @@ async def test_a_budget_that_others_hold_may_come_back() -> None:
     assert refused.value.retry_after_s is not None
 
 
-async def test_a_budget_that_is_spent_stays_spent_until_its_window_ends() -> None:
+async def test_a_budget_that_is_spent_stays_spent_until_its_window_ends(place: Place) -> None:
     """Once settled use leaves no room, the refusal is `budget_spent` without a time; the next day it fits again."""
-    ledger, clock = ledger_of(tokens(15, "day"))
+    ledger = place.ledger(tokens(15, "day"))
     async with ledger.hold(["key:a"], TEN) as hold:
         hold.report(TEN)
     with pytest.raises(HoldRefused, match="5 of 15 tokens per day left, and this request needs 10") as refused:
         await ledger.hold(["key:a"], TEN).__aenter__()
     assert (refused.value.kind, refused.value.retry_after_s) == ("budget_spent", None)
-    clock.now += 12 * 3600
+    place.clock.now += 12 * 3600
     async with ledger.hold(["key:a"], TEN):
         pass
 
 
 @pytest.mark.parametrize("window", ["minute", "day", "total"])
-async def test_a_request_larger_than_the_limit_is_told_to_shrink(window: Window) -> None:
+async def test_a_request_larger_than_the_limit_is_told_to_shrink(place: Place, window: Window) -> None:
     """A hold above the whole limit never fits: no retry is promised, and the message names the remedy."""
-    ledger, _ = ledger_of(tokens(9, window))
+    ledger = place.ledger(tokens(9, window))
     with pytest.raises(HoldRefused, match="Ask for fewer tokens") as refused:
         await ledger.hold(["key:a"], TEN).__aenter__()
     assert (refused.value.kind, refused.value.retry_after_s) == ("budget_spent", None)
     assert isinstance(refused.value, BudgetError)
 
 
-async def test_the_tightest_scope_is_named_and_the_others_hold_nothing() -> None:
+async def test_the_tightest_scope_is_named_and_the_others_hold_nothing(place: Place) -> None:
     """Two scopes are short: the one with the smaller share left is named, and nothing is held in any."""
-    ledger, _ = ledger_of(tokens(100, scope="key:a"), tokens(1000, scope="team:ml"), tokens(10_000, scope="org:acme"))
+    ledger = place.ledger(tokens(100, scope="key:a"), tokens(1000, scope="team:ml"), tokens(10_000, scope="org:acme"))
     async with ledger.hold(["team:ml"], Amounts(tokens=995)), ledger.hold(["key:a"], Amounts(tokens=50)):
         with pytest.raises(HoldRefused) as refused:
             await ledger.hold(["org:acme", "key:a", "team:ml"], Amounts(tokens=80)).__aenter__()
@@ -183,9 +156,9 @@ async def test_the_tightest_scope_is_named_and_the_others_hold_nothing() -> None
             pass
 
 
-async def test_a_refused_hold_can_still_tell_what_is_left() -> None:
+async def test_a_refused_hold_can_still_tell_what_is_left(place: Place) -> None:
     """After a refusal the hold knows its limits' remainders, for the headers of the answer, and settles nothing."""
-    ledger, _ = ledger_of(tokens(15, "day"))
+    ledger = place.ledger(tokens(15, "day"))
     async with ledger.hold(["key:a"], TEN):
         refused = ledger.hold(["key:a"], TEN)
         with pytest.raises(HoldRefused):
@@ -197,9 +170,9 @@ async def test_a_refused_hold_can_still_tell_what_is_left() -> None:
         assert ledger.held() == TEN
 
 
-async def test_an_overrun_becomes_debt_that_later_requests_pay_back() -> None:
+async def test_an_overrun_becomes_debt_that_later_requests_pay_back(place: Place) -> None:
     """What a backend used beyond its hold is settled all the same, and leaves less room, or none, for others."""
-    ledger, _ = ledger_of(tokens(15, "day"))
+    ledger = place.ledger(tokens(15, "day"))
     async with ledger.hold(["key:a"], TEN) as hold:
         hold.report(Amounts(tokens=40))
         assert hold.remaining("tokens") == Remaining(limit=15, remaining=5, reset_s=12 * 3600.0)
@@ -207,22 +180,9 @@ async def test_an_overrun_becomes_debt_that_later_requests_pay_back() -> None:
         await ledger.hold(["key:a"], Amounts(tokens=1)).__aenter__()
 
 
-async def test_use_belongs_to_the_window_of_its_hold() -> None:
-    """A request that ends after midnight burdens neither the new day's budget nor what is held there."""
-    ledger, clock = ledger_of(tokens(15, "day"))
-    async with ledger.hold(["key:a"], TEN) as hold:
-        clock.now += 13 * 3600
-        async with ledger.hold(["key:a"], Amounts(tokens=15)):
-            hold.report(TEN)
-    async with ledger.hold(["key:a"], Amounts(tokens=15)) as hold:
-        rest = hold.remaining("tokens")
-        assert rest is not None
-        assert (rest.remaining, rest.reset_s) == (0, 23 * 3600.0)
-
-
-async def test_a_reload_keeps_what_is_settled_and_held() -> None:
-    """New amounts meet the old use; a limit that is gone and comes back begins anew."""
-    ledger, _ = ledger_of(tokens(15, "day"))
+async def test_a_reload_keeps_what_is_settled_and_held(place: Place) -> None:
+    """New amounts meet the old use, also when the limit was gone for a while."""
+    ledger = place.ledger(tokens(15, "day"))
     async with ledger.hold(["key:a"], TEN) as hold:
         hold.report(Amounts(tokens=3))
         ledger.set_limits([tokens(12, "day")])
@@ -231,14 +191,16 @@ async def test_a_reload_keeps_what_is_settled_and_held() -> None:
     with pytest.raises(HoldRefused, match="9 of 12"):
         await ledger.hold(["key:a"], TEN).__aenter__()
     ledger.set_limits([])
-    ledger.set_limits([tokens(12, "day")])
-    async with ledger.hold(["key:a"], TEN):
+    async with ledger.hold(["key:a"], Amounts(tokens=1000)):
         pass
+    ledger.set_limits([tokens(12, "day")])
+    with pytest.raises(HoldRefused, match="9 of 12"):
+        await ledger.hold(["key:a"], TEN).__aenter__()
 
 
-async def test_a_limit_lowered_below_its_use_refuses_until_it_fits() -> None:
+async def test_a_limit_lowered_below_its_use_refuses_until_it_fits(place: Place) -> None:
     """Lowering a limit takes nothing from running requests; new ones wait until the rest is free again."""
-    ledger, _ = ledger_of(tokens(100, "day"))
+    ledger = place.ledger(tokens(100, "day"))
     async with ledger.hold(["key:a"], Amounts(tokens=50)):
         ledger.set_limits([tokens(20, "day")])
         with pytest.raises(HoldRefused, match="0 of 20"):
@@ -247,10 +209,10 @@ async def test_a_limit_lowered_below_its_use_refuses_until_it_fits() -> None:
         pass
 
 
-async def test_of_two_limits_on_the_same_thing_the_tighter_counts() -> None:
+async def test_of_two_limits_on_the_same_thing_the_tighter_counts(place: Place) -> None:
     """A limit that stands twice is held once, also after a reload."""
     for _ in range(2):
-        ledger, _ = ledger_of(tokens(30), tokens(20), tokens(25))
+        ledger = place.ledger(tokens(30), tokens(20), tokens(25))
         ledger.set_limits([tokens(30), tokens(20), tokens(25)])
         async with ledger.hold(["key:a"], TEN) as hold:
             rest = hold.remaining("tokens")
@@ -258,60 +220,57 @@ async def test_of_two_limits_on_the_same_thing_the_tighter_counts() -> None:
             assert (rest.limit, rest.remaining) == (20, 10)
 
 
-async def test_closing_loses_nothing() -> None:
-    """The memory ledger has nothing to write out, and closing it leaves the books as they are."""
-    ledger, _ = ledger_of(tokens(15))
-    async with ledger.hold(["key:a"], TEN):
-        await ledger.close()
-        assert ledger.held() == TEN
-
-
-@pytest.mark.parametrize(
-    ("window", "now", "end"),
-    [
-        ("second", utc(2024, 5, 17, 12, 0, 0) + 0.5, utc(2024, 5, 17, 12, 0, 1)),
-        ("minute", utc(2024, 5, 17, 12, 0, 59), utc(2024, 5, 17, 12, 1)),
-        ("minute", utc(2024, 5, 17, 12, 1), utc(2024, 5, 17, 12, 2)),
-        ("hour", utc(2024, 12, 31, 23, 30), utc(2025, 1, 1)),
-        ("day", utc(2024, 2, 28, 23, 59, 59), utc(2024, 2, 29)),
-        ("day", utc(2023, 2, 28, 1), utc(2023, 3, 1)),
-        ("month", utc(2024, 2, 29, 23, 59, 59), utc(2024, 3, 1)),
-        ("month", utc(2023, 2, 1), utc(2023, 3, 1)),
-        ("month", utc(2100, 2, 15), utc(2100, 3, 1)),
-        ("month", utc(2024, 12, 31, 23, 59, 59), utc(2025, 1, 1)),
-        ("month", utc(2024, 4, 30), utc(2024, 5, 1)),
-        ("total", utc(2024, 1, 1), float("inf")),
-        (None, utc(2024, 1, 1), float("inf")),
-    ],
-)
-def test_windows_end_where_the_calendar_says(window: Window | None, now: float, end: float) -> None:
-    """Windows are calendar windows in UTC: months have their own lengths, leap years included."""
-    assert window_end(window, now) == end
-
-
-async def test_a_month_rolls_over_once_a_leap_february() -> None:
-    """A monthly budget is free again on 1 March, not on 29 February."""
-    clock = Clock(2024, 2, 28)
-    ledger = MemoryLedger([tokens(10, "month")], clock=clock)
+async def test_a_hold_can_be_extended(place: Place) -> None:
+    """An extension is held besides, counts as no further request, and is settled with the rest."""
+    ledger = place.ledger(tokens(30, "day"), tokens(1, unit="requests"), tokens(1, None, unit="concurrency"))
     async with ledger.hold(["key:a"], TEN) as hold:
-        hold.report(TEN)
-    clock.now = utc(2024, 2, 29, 23, 59, 59)
+        await hold.extend(Amounts(tokens=15))
+        assert hold.ceiling == ledger.held() == Amounts(tokens=25)
+        with pytest.raises(HoldRefused, match="5 of 30"):
+            await hold.extend(TEN)
+        assert hold.ceiling == ledger.held() == Amounts(tokens=25)
+        hold.report(Amounts(tokens=21))
+    assert ledger.held() == Amounts()
+    assert (await place.books())["key:a", "tokens", "day"] == {int(utc(2024, 5, 17)): (21, 0, 0)}
+
+
+async def test_debt_is_booked(place: Place) -> None:
+    """What was used beyond a hold is in the books as debt, and in the figures of the process."""
+    ledger = place.ledger(tokens(15, "day"))
+    async with ledger.hold(["key:a"], TEN) as hold:
+        hold.report(Amounts(tokens=40, nano_usd=3))
+    assert (await place.books())["key:a", "tokens", "day"] == {int(utc(2024, 5, 17)): (40, 0, 30)}
+    assert ledger.figures().debt == Amounts(tokens=30, nano_usd=3)
+
+
+async def test_usage_adds_up_by_day_scopes_and_mode(place: Place) -> None:
+    """Settled requests are summed under all their scopes, their mode and the day of their hold."""
+    ledger = place.ledger(tokens(1000))
+    used = Amounts(tokens=5, thinking_tokens=3, nano_usd=70)
+    for mode in ("instant", "reasoning", "reasoning"):
+        async with ledger.hold(["key:a", "model:m"], TEN, mode=mode) as hold:
+            hold.report(used)
+            place.clock.now = utc(2024, 5, 17, 23, 59) if mode == "instant" else utc(2024, 5, 18)
     with pytest.raises(HoldRefused):
-        await ledger.hold(["key:a"], TEN).__aenter__()
-    clock.now = utc(2024, 3, 1)
-    async with ledger.hold(["key:a"], TEN):
-        pass
+        await ledger.hold(["key:a", "model:m"], Amounts(tokens=1001)).__aenter__()
+    rows = await ledger.usage(NOON.date(), NOON.date())
+    both = UsageRow(
+        day=NOON.date(), scopes=("key:a", "model:m"), mode="", requests=0, tokens=0, thinking_tokens=0, nano_usd=0
+    )
+    once = replace(both, mode="instant", requests=1, tokens=5, thinking_tokens=3, nano_usd=70)
+    assert sorted(rows, key=lambda row: row.mode) == [once, replace(once, mode="reasoning")]
+    assert await ledger.usage(NOON.date() + dt.timedelta(days=1), dt.date(2030, 1, 1)) == [
+        replace(once, mode="reasoning", day=dt.date(2024, 5, 18))
+    ]
+    assert await ledger.usage(dt.date(2020, 1, 1), dt.date(2024, 5, 16)) == []
 
 
-async def test_a_clock_that_jumps_back_frees_nothing() -> None:
-    """Setting the clock back does not begin a window anew; it ends when its first reading said."""
-    ledger, clock = ledger_of(tokens(10, "hour"))
-    async with ledger.hold(["key:a"], TEN) as hold:
-        hold.report(TEN)
-    for back in (1, 3600, 86_400):
-        clock.now -= back
-        with pytest.raises(HoldRefused):
-            await ledger.hold(["key:a"], TEN).__aenter__()
-    clock.now = utc(2024, 5, 17, 13)
-    async with ledger.hold(["key:a"], TEN):
-        pass
+async def test_health_counts_what_is_open(place: Place) -> None:
+    """Health names the kind of store and sums the open holds."""
+    ledger = place.ledger()
+    async with ledger.hold(["key:a"], TEN), ledger.hold(["key:b"], Amounts(tokens=1, nano_usd=2)):
+        health = await ledger.health()
+        assert (health.is_reachable, health.holds, health.held) == (True, 2, Amounts(tokens=11, nano_usd=2))
+    health = await ledger.health()
+    assert (health.holds, health.held) == (0, Amounts())
+    assert ledger.figures().is_reachable

@@ -1,0 +1,1 @@
+"""Where budgets live: one module per store, all behind budget.ledger."""
