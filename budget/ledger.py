@@ -63,9 +63,7 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
     def exceeds(self, other: Amounts) -> bool:
         """Whether it is more in any unit."""
         return (
-            self.tokens > other.tokens
-            or self.thinking_tokens > other.thinking_tokens
-            or self.nano_usd > other.nano_usd
+            self.tokens > other.tokens or self.thinking_tokens > other.thinking_tokens or self.nano_usd > other.nano_usd
         )
 
     def beyond(self, less: Amounts) -> Amounts:

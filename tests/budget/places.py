@@ -169,10 +169,10 @@ class RedisPlace(LeasedPlace):
         for key in self._client.scan_iter("{thinkgate}:a:*", _type="hash"):
             scope, unit, window = key.decode().removeprefix("{thinkgate}:a:").rsplit("|", 2)
             fields = {name.decode(): int(number) for name, number in self._client.hgetall(key).items()}
-            counts = {
-                int(name[:-1]): tuple(fields.get(name[:-1] + what, 0) for what in "shd") for name in fields if name != "n"
+            found[scope, unit, window or None] = {
+                int(start): (fields.get(f"{start}s", 0), fields.get(f"{start}h", 0), fields.get(f"{start}d", 0))
+                for start in {name[:-1] for name in fields if name != "n"}
             }
-            found[scope, unit, window or None] = counts
         return found
 
     async def close(self) -> None:

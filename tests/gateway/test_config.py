@@ -176,6 +176,8 @@ def test_two_models_do_not_share_a_default() -> None:
             {"kind": "sqlite", "lease_s": 1},
             "store.lease_s: Input should be greater than or equal to 2",
         ),
+        ("store", {"kind": "redis"}, "store: the redis store needs a `url`: redis://, rediss:// or unix://"),
+        ("store", {"kind": "sqlite", "offline_share": 0.1}, "store: the sqlite store has no `offline_share`: it takes"),
         ("store", {"kind": "sqlite", "timeout_s": 0}, "store.timeout_s: Input should be greater than 0 (got 0)"),
         ("routing.default_mode", "agentic", "routing.default_mode: Input should be 'auto', 'instant' or 'reasoning'"),
         ("server.host", "0.0.0.0", "server.host: '0.0.0.0' would answer anyone, since no `keys` are configured"),

@@ -42,7 +42,7 @@ def ledger_of(gateway: Live) -> LeasedLedger:
 def break_store(gateway: Live) -> FaultyStore:
     """Let the gateway's store not answer any more."""
     ledger = ledger_of(gateway)
-    ledger._store = store = FaultyStore(ledger._store)
+    ledger._store = ledger._outbox._store = store = FaultyStore(ledger._store)
     ledger._timeout_s = 0.0
     store.always = "before"
     return store

@@ -25,6 +25,7 @@ class Held:
     """A hold that only remembers what it was told."""
 
     ceiling = Amounts()
+    is_offline = False
 
     def __init__(self) -> None:
         self.used: Used = Amounts()
