@@ -107,6 +107,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "capped",
         "ended_by",
         "cost_nano_usd",
+        "offline",
         "error",
     )
 
