@@ -87,7 +87,7 @@ class Switches:
         off = thinking.off.get("chat_template_kwargs", {})
         self._kwargs: dict[str, dict[str, Any]] = {
             "instant": off if isinstance(off, dict) else {},
-            "reasoning": dict(thinking_on(thinking.off)),
+            "reasoning": dict(thinking_on(thinking.off, native=thinking.native)),
         }
         self._alone = {mode: _raw_object(kwargs) for mode, kwargs in self._kwargs.items()}
 
@@ -105,10 +105,15 @@ def _raw_object(kwargs: dict[str, Any]) -> Raw | None:
     return Raw(msgspec.json.encode(kwargs)) if kwargs else None
 
 
-def thinking_on(off: dict[str, object]) -> dict[str, bool]:
-    """The template's switches for thinking: the opposite of each switch in `thinking.off`."""
+def thinking_on(off: dict[str, object], *, native: bool) -> dict[str, object]:
+    """The template's switches in a mode that thinks: the opposite of each switch in `thinking.off`.
+
+    For a model that does not think by itself they stay as they are: its chain is opened behind the template.
+    """
     kwargs = off.get("chat_template_kwargs", {})
-    return {k: not v for k, v in kwargs.items() if isinstance(v, bool)} if isinstance(kwargs, dict) else {}
+    if not isinstance(kwargs, dict):
+        return {}
+    return {k: not v for k, v in kwargs.items() if isinstance(v, bool)} if native else kwargs
 
 
 def check_media(messages: Sequence[Message], allowed_hosts: Collection[str]) -> int:

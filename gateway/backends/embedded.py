@@ -258,7 +258,7 @@ class EmbeddedBackend:
 
     def _on(self) -> dict[str, object]:
         """The fields that switch the model's own thinking on."""
-        return {"chat_template_kwargs": thinking_on(self._off())} if self._thinking.native else {}
+        return {"chat_template_kwargs": thinking_on(self._off(), native=self._thinking.native)}
 
     def _off(self) -> dict[str, object]:
         """The fields that switch the model's own thinking off."""

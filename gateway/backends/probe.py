@@ -174,8 +174,12 @@ class _Prober:
 
     async def chat_tokens(self, **more: object) -> list[int] | None:
         """Ids of the probing question, rendered for thinking."""
-        on = thinking_on(self._backend.thinking.off) if self._backend.thinking.native else {}
-        return await self.tokens(messages=MESSAGES, chat_template_kwargs=on, **more)
+        return await self.tokens(messages=MESSAGES, chat_template_kwargs=self.switches_on(), **more)
+
+    def switches_on(self) -> dict[str, object]:
+        """The template's switches for thinking."""
+        thinking = self._backend.thinking
+        return thinking_on(thinking.off, native=thinking.native)
 
     async def is_thinking(self, answer: _Answer, markers: MarkerIds | None) -> bool:
         """Whether an answer ended before the thinking that its template had opened did."""
@@ -228,8 +232,7 @@ class _Prober:
         }
         if self._backend.kind == "vllm":
             body |= {"temperature": 0, "min_tokens": PROBE_MIN_TOKENS, "return_token_ids": True}
-            on = thinking_on(self._backend.thinking.off)
-            if on:
+            if on := self.switches_on():
                 body["chat_template_kwargs"] = on
         body |= more
         return await self.ask("POST", "/v1/chat/completions", body)

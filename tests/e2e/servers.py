@@ -28,14 +28,8 @@ WRAP_UP = "\nTime is up.\n"
 CAP_WAYS: Mapping[str, Mapping[str, Any]] = {
     "native": {},
     "two_phase": {"enforce": "two_phase"},
-    # Markers of several tokens, for a model that does not think by itself. In reasoning mode the switch, which is this
-    # way round, has the template close the block that it opens, as vLLM's own parser of thinking wants it.
-    "prefilled": {
-        "native": False,
-        "start": "<reason>",
-        "end": "</reason>",
-        "off": {"chat_template_kwargs": {"enable_thinking": True}},
-    },
+    # Markers of several tokens, as for a model that does not think by itself: the template's thinking stays off.
+    "prefilled": {"native": False, "start": "<reason>", "end": "</reason>"},
 }
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 

@@ -120,11 +120,17 @@ def test_text_completions_have_no_template() -> None:
 
 def test_only_switches_can_be_turned_around() -> None:
     """The opposite of `off` exists for booleans; other words are left to the template."""
-    assert thinking_on({"chat_template_kwargs": {"a": False, "b": True, "c": "none", "d": 0}}) == {
+    assert thinking_on({"chat_template_kwargs": {"a": False, "b": True, "c": "none", "d": 0}}, native=True) == {
         "a": True,
         "b": False,
     }
-    assert thinking_on({}) == {}
+    assert thinking_on({}, native=True) == {}
+
+
+def test_a_model_without_thinking_keeps_its_template_off_in_every_mode() -> None:
+    """Its chain is opened behind the template, which must not open one of its own."""
+    switches = Switches(THINKING.model_copy(update={"native": False}))
+    assert switches.encoded("reasoning", None) == switches.encoded("instant", None) == Raw(b'{"enable_thinking":false}')
 
 
 @pytest.mark.parametrize(
