@@ -332,7 +332,7 @@ class Config(Section):
         inert = []
         for name, model in self.models.items():
             inert += [f"models.{name}.{key}" for key in ("planner", "fallback", "architecture") if getattr(model, key)]
-        inert += [f"keys[{i}].degrade" for i, key in enumerate(self.keys) if key.degrade]
+        inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
         inert += [

@@ -114,6 +114,7 @@ class Metrics(Collector):
         self._resent = CounterCells(
             "thinkgate_resent_tokens", "Prompt tokens of a choice's later segments.", ("model", "cached")
         )
+        self.degraded = CounterCells("thinkgate_degraded", "Steps down the degrade ladder.", ("step", "model"))
         self.refusals = CounterCells("thinkgate_refusals", "Requests refused.", ("code",))
         self.disconnects = CounterCells("thinkgate_disconnects", "Clients that left early.", ("route",))
         self.unreported = CounterCells(
