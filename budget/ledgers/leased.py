@@ -116,6 +116,10 @@ class LeasedHold:
         mine = [standing for standing in self._standings if standing.limit.unit == unit]
         return min(mine, key=lambda standing: standing.free).remaining() if mine else None
 
+    def standings(self) -> Sequence[Standing]:
+        """All limits, as of the last call to the store."""
+        return self._standings
+
 
 class LeasedLedger:
     """See budget.ledger.Ledger.
