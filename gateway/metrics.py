@@ -120,6 +120,7 @@ class Metrics(Collector):
         self.unreported = CounterCells(
             "thinkgate_unreported_calls", "Calls closed before the backend reported any token.", ("model",)
         )
+        self.webhook_calls = CounterCells("thinkgate_webhook_calls", "Messages to the webhook.", ("outcome",))
         self.reloads = CounterCells("thinkgate_config_reloads", "Configuration reloads.", ("outcome",))
         self.reload_failed = False
         self.store_failures = CounterCells("thinkgate_store_failures", "Failed readings of stored keys and limits.", ())
