@@ -108,6 +108,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "ended_by",
         "cost_nano_usd",
         "error",
+        "degraded",
     )
 
 
