@@ -6,7 +6,7 @@
 -- ARGV[2] is the time in epoch seconds; empty, as always but in tests, for the server's own.
 --
 -- TAG:a:SCOPE|UNIT|WINDOW  an account. Of a calendar window, a hash: `n`, when the newest window began, and for every
---                          window that is kept STARTh held, STARTs settled, STARTd debt. A new window is new fields;
+--                          window that is kept START..h held, START..s settled, START..d debt. A new window is new fields;
 --                          nothing is ever reset. Of a rate, a string: its level, when that was seen, and its amount.
 -- TAG:h:ID                 a hold, a hash: `b` its record, `u` what it had used when it last reported; once a sweep
 --                          has settled it `x`, at what, until its owner says how it really ended.
