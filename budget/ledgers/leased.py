@@ -29,6 +29,7 @@ from budget.ledgers.offline import Offline, OfflineHold
 from budget.ledgers.outbox import Outbox
 from budget.ledgers.store import Booking, Settlement, Store
 
+Call = Callable[[], Awaitable[list[Standing]]]
 log = logging.getLogger("thinkgate.ledger")
 NOTHING = Amounts()
 LEASE_S = 10.0
@@ -247,9 +248,7 @@ class LeasedLedger:
         """Extend a hold in the store. Raises: as `take`."""
         return await self._with_room(lambda: self._store.extend(booking, more), more.by_unit(requests=0))
 
-    async def _with_room(
-        self, call: Callable[[], Awaitable[list[Standing]]], need: Mapping[Unit, int]
-    ) -> list[Standing]:
+    async def _with_room(self, call: Call, need: Mapping[Unit, int]) -> list[Standing]:
         """As `_in_time`; where the room that is short is set aside for being offline, that is given back."""
         try:
             return await self._in_time(call)
@@ -258,7 +257,7 @@ class LeasedLedger:
                 raise
         return await self._in_time(call)
 
-    async def _in_time(self, call: Callable[[], Awaitable[list[Standing]]]) -> list[Standing]:
+    async def _in_time(self, call: Call) -> list[Standing]:
         if self.is_lost:
             raise StoreUnreachable(UNREACHABLE)
         pause_s = FIRST_PAUSE_S

@@ -141,18 +141,12 @@ class RedisStore:
     ) -> None:
         if _has_failed(done, delivery):
             return
-        ids = done.result() if len(settlements) <= AT_ONCE else [each for some in done.result() for each in some]
-        if not ids:
+        unknown = _ids(done.result())
+        if not unknown:
             self._remember(settlements, delivery)
             return
-        entered = asyncio.gather(*self._send_unknown(wire, settlements, set(ids)))
-        entered.add_done_callback(lambda done: self._were_entered(settlements, done, delivery))
-
-    def _were_entered(
-        self, settlements: list[Settlement], done: asyncio.Future[Any], delivery: asyncio.Future[None]
-    ) -> None:
-        if not _has_failed(done, delivery):
-            self._remember(settlements, delivery)
+        entered = asyncio.gather(*self._send_unknown(wire, settlements, unknown))
+        entered.add_done_callback(lambda done: self._were_settled(wire, settlements, done, delivery))
 
     def _remember(self, settlements: list[Settlement], delivery: asyncio.Future[None]) -> None:
         """The server has them; should it lose them, they can be told again."""
@@ -252,7 +246,7 @@ class RedisStore:
         await asyncio.gather(*(wire.send(pack(b"SCRIPT", b"LOAD", source)) for source in self._sources.values()))
         recent = [each for _, settlements in self._recent for each in settlements if each.was_taken]
         replies = await asyncio.gather(*(self._send_settlements(wire, some) for some in _by(AT_ONCE, recent)))
-        await asyncio.gather(*self._send_unknown(wire, recent, {hold_id for ids in replies for hold_id in ids}))
+        await asyncio.gather(*self._send_unknown(wire, recent, _ids(replies)))
 
     def _call(self, wire: Wire, script: str, given: Sequence[Any]) -> asyncio.Future[Any]:
         """Send a call behind the settlements that wait."""
@@ -317,6 +311,11 @@ def _label(booking: Booking) -> str:
 def _by(size: int, many: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for first in range(0, len(many), size):
         yield many[first : first + size]
+
+
+def _ids(answers: Sequence[Any]) -> set[bytes]:
+    """The hold ids in one answer, or in those of several calls; nothing is the answer where none are given."""
+    return {each for answer in answers for each in (answer if isinstance(answer, list) else (answer,)) if each}
 
 
 def _has_failed(done: asyncio.Future[Any], delivered: asyncio.Future[None]) -> bool:

@@ -13,7 +13,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from budget.errors import StoreUnreachable
 
@@ -176,18 +176,19 @@ class Line:
             return wire
 
     async def _connect(self) -> Wire:
+        from redis.asyncio.connection import Connection
         from redis.exceptions import RedisError
 
-        connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)  # its types say too little
-        self._connection = connection
+        connection = self._connection = self._pool.connection_class(**self._pool.connection_kwargs)
         moved_to, self._moved_to = self._moved_to, None
-        if moved_to is not None:
+        if isinstance(connection, Connection) and moved_to is not None:
             connection.host, connection.port = moved_to
         try:
-            await connection.connect()
+            await connection.connect()  # type: ignore[no-untyped-call]
         except (RedisError, OSError) as exc:
             raise StoreUnreachable(str(exc)) from exc
-        return Wire(connection._writer.transport, self._timeout_s)
+        assert connection._writer is not None, "it is connected"
+        return Wire(cast("asyncio.Transport", connection._writer.transport), self._timeout_s)
 
     async def _let_go(self) -> None:
         wire, self._wire = self._wire, None

@@ -126,8 +126,9 @@ class Rate:
         self.level, self.seen_s, self.amount = self.now(now_s) + need, now_s, self.account.limit.amount
 
     def end(self, now_s: float, entry: Entry, before: int, after: int) -> None:
-        """What was not used is taken out again."""
-        self.level, self.seen_s = max(Fraction(0), self.now(now_s) + after - before), now_s
+        """What was not used is taken out again; where that is nothing, nobody looks."""
+        if before != after or now_s < self.seen_s:
+            self.level, self.seen_s = max(Fraction(0), self.now(now_s) + after - before), now_s
 
     def counts(self) -> tuple[int, int, int]:
         """A rate has no books."""

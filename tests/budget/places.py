@@ -169,9 +169,9 @@ class RedisPlace(LeasedPlace):
         for key in self._client.scan_iter("{thinkgate}:a:*", _type="hash"):
             scope, unit, window = key.decode().removeprefix("{thinkgate}:a:").rsplit("|", 2)
             fields = {name.decode(): int(number) for name, number in self._client.hgetall(key).items()}
-            starts = {name[:-1] for name in fields if name != "n"}
             found[scope, unit, window or None] = {
-                int(at): (fields.get(at + "s", 0), fields.get(at + "h", 0), fields.get(at + "d", 0)) for at in starts
+                int(start): (fields.get(f"{start}s", 0), fields.get(f"{start}h", 0), fields.get(f"{start}d", 0))
+                for start in {name[:-1] for name in fields if name != "n"}
             }
         return found
 

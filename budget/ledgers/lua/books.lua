@@ -168,7 +168,11 @@ end
 local function replace(limit, held, settled, new_held, new_settled)
   if RATE_S[limit[WINDOW]] then
     local level, amount = level_of(limit)
-    return set_level(limit, max(0, level + new_held + new_settled - held - settled), amount)
+    local moved = new_held + new_settled - held - settled
+    if moved ~= 0 then
+      set_level(limit, max(0, level + moved), amount)
+    end
+    return
   end
   if new_held ~= held then
     call('HINCRBY', key_of(limit), limit[START] .. 'h', int(new_held - held))
