@@ -237,32 +237,35 @@ class LeasedLedger:
 
         Raises: HoldRefused; StoreUnreachable when the store does not answer in time, at once while it is lost.
         """
+        began_s = asyncio.get_running_loop().time()
         if self._offline is not None:
             self._offline.see(booking.limits)
         elif self._store.is_prompt and not self.is_lost:  # nearly always, and so in few steps
             with contextlib.suppress(StoreUnreachable):
                 return await self._store.take(booking, self._lease_s)
-        return await self._with_room(lambda: self._store.take(booking, self._lease_s), booking.ceiling.by_unit())
+        need = booking.ceiling.by_unit()
+        return await self._with_room(lambda: self._store.take(booking, self._lease_s), need, began_s)
 
     async def extend(self, booking: Booking, more: Amounts) -> list[Standing]:
         """Extend a hold in the store. Raises: as `take`."""
-        return await self._with_room(lambda: self._store.extend(booking, more), more.by_unit(requests=0))
+        began_s = asyncio.get_running_loop().time()
+        return await self._with_room(lambda: self._store.extend(booking, more), more.by_unit(requests=0), began_s)
 
-    async def _with_room(self, call: Call, need: Mapping[Unit, int]) -> list[Standing]:
+    async def _with_room(self, call: Call, need: Mapping[Unit, int], began_s: float) -> list[Standing]:
         """As `_in_time`; where the room that is short is set aside for being offline, that is given back."""
         try:
-            return await self._in_time(call)
+            return await self._in_time(call, began_s)
         except HoldRefused as refused:
             if self._offline is None or not self._offline.give_back(refused.standings, need):
                 raise
-        return await self._in_time(call)
+        return await self._in_time(call, began_s)
 
-    async def _in_time(self, call: Call) -> list[Standing]:
+    async def _in_time(self, call: Call, began_s: float) -> list[Standing]:
         if self.is_lost:
             raise StoreUnreachable(UNREACHABLE)
         pause_s = FIRST_PAUSE_S
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout_at(began_s + self._timeout_s):
                 while True:
                     try:
                         return await call()

@@ -143,6 +143,7 @@ class Line:
         self._opening = asyncio.Lock()
         self._pause_s = self._not_before_s = 0.0
         self._moved_to: tuple[str, int] | None = None
+        self._is_closed = False
         self._connection: AbstractConnection | None = None
         self._wire: Wire | None = None
 
@@ -159,21 +160,30 @@ class Line:
         async with self._opening:
             if self._wire is not None and self._wire.broke is None:
                 return self._wire
-            now_s = asyncio.get_running_loop().time()
-            if now_s < self._not_before_s:
+            if self._is_closed:
+                raise StoreUnreachable("the connection was closed")
+            loop = asyncio.get_running_loop()
+            if loop.time() < self._not_before_s:
                 raise StoreUnreachable("the last attempt to connect failed a moment ago")
-            self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
-            self._not_before_s = now_s + self._pause_s
-            await self._let_go()
-            wire = await self._connect()
             try:
-                await self._greet(wire)
-            except BaseException:
-                wire.give_up("the greeting failed")
+                self._wire = await self._greeted()
+            except BaseException:  # whoever waits in line fails too, instead of trying for as long as this one did
+                self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
+                self._not_before_s = loop.time() + self._pause_s
                 raise
-            self._pause_s = self._not_before_s = 0.0
-            self._wire = wire
-            return wire
+            self._pause_s = 0.0
+            return self._wire
+
+    async def _greeted(self) -> Wire:
+        """A new wire instead of the old one."""
+        await self._let_go()
+        wire = await self._connect()
+        try:
+            await self._greet(wire)
+        except BaseException:
+            wire.give_up("the greeting failed")
+            raise
+        return wire
 
     async def _connect(self) -> Wire:
         from redis.asyncio.connection import Connection
@@ -200,8 +210,9 @@ class Line:
             await connection.disconnect(nowait=True)
 
     async def close(self) -> None:
-        """Hang up; calls that wait fail."""
+        """Hang up for good; calls that wait fail."""
         async with self._opening:
+            self._is_closed = True
             await self._let_go()
 
 

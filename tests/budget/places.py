@@ -161,6 +161,10 @@ class RedisPlace(LeasedPlace):
         self._client = valkey().client()
         self._client.flushall()
 
+    def forget(self) -> None:
+        """Lose everything, as a restart without persistence does."""
+        self._client.flushall()
+
     def store(self) -> RedisStore:
         return self.store_class(self.address, linger_s=0.0, clock=self.clock)
 

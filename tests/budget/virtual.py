@@ -58,13 +58,13 @@ class FaultyStore:
     """A store behind a bad connection.
 
     Attributes:
-        faults: what befalls the next calls, one each: it does not arrive, or its answer does not.
+        faults: what befalls the next calls, one each: it does not arrive, or its answer does not, or (None) nothing.
         always: what befalls all others.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.faults: deque[Fault] = deque()
+        self.faults: deque[Fault | None] = deque()
         self.always: Fault | None = None
         self.kind = store.kind
         self.is_prompt = store.is_prompt
