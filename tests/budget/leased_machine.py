@@ -71,7 +71,9 @@ class LeasedMachine(LedgerMachine):
         figures = process.ledger.figures()
         assert (figures.swept, figures.waiting) == (swept + answered, 0)
 
-    def one_round(self, process: Process, faults: list[Fault], always: Fault | None, *, is_lost: bool) -> int | None:
+    def one_round(
+        self, process: Process, faults: list[Fault | None], always: Fault | None, *, is_lost: bool
+    ) -> int | None:
         """What a beat says until something gets lost; None then, else how many holds it swept."""
         calls = ["ping"] * is_lost + ["deliver"] * bool(process.pending)
         calls += ["report"] * bool(process.open) + ["sweep"]

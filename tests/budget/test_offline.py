@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from budget.errors import HoldRefused, StoreUnreachable
-from budget.ledger import Amounts, Limit
+from budget.ledger import Amounts, Limit, Unit
 from budget.ledgers.leased import LeasedHold, LeasedLedger
 from budget.ledgers.offline import SLICE_LEASE_S
 from tests.budget.clocks import NOON, TEN, tokens, utc
@@ -64,7 +64,7 @@ class Replicas:
         await ledger.beat(sweeps=False)
         assert ledger.figures().is_reachable
 
-    async def in_books(self, unit: str = "tokens") -> tuple[int, int, int]:
+    async def in_books(self, unit: Unit = "tokens") -> tuple[int, int, int]:
         """Settled, held and debt of today."""
         return (await self.place.books())["key:a", unit, "day"][TODAY]
 
