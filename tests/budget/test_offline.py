@@ -378,8 +378,7 @@ def test_a_slice_in_doubt_is_released(tmp_path: Path) -> None:
         ledger = replicas.start(tokens(100, "day"))
         async with ledger.hold(["key:a"], TEN):
             pass
-        store = replicas.stores[-1]
-        store.faults.extend([None, "after"])
+        replicas.stores[-1].faults.extend([None, "after"])
         await ledger.beat()
         assert await replicas.in_books() == (0, 0, 0)
         replicas.clock.now += 61
