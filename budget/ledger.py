@@ -213,6 +213,9 @@ class Hold(Protocol):
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit` over the hold's scopes; None when nothing limits it."""
 
+    def standings(self) -> Sequence[Standing]:
+        """All limits over the hold's scopes, as far as they are known."""
+
 
 class Ledger(Protocol):
     """Where budgets live."""

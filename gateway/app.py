@@ -24,7 +24,7 @@ from gateway.api.admin_door import REQUEST_ID
 from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found
 from gateway.auth import Keyring
 from gateway.backends.http_backend import HttpBackend
-from gateway.config_load import key_hash_secret, secret_sha256s
+from gateway.config_load import key_hash_secret, secret_sha256s, webhook_secret
 from gateway.edge import ClientGone, Exchange, Message, Receive, Scope, Send
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.log import LineWriter
@@ -32,9 +32,11 @@ from gateway.metrics import Metrics
 from gateway.models import Model, Slot, build_models
 from gateway.record import Record
 from gateway.shapes import Decisions
+from gateway.soft_limits import SoftLimits
 from gateway.store import open_ledger, open_records
 from gateway.stored import Stored
 from gateway.watch import Watch
+from gateway.webhook import Webhook
 
 if TYPE_CHECKING:
     from budget.ledger import Hold, Ledger
@@ -106,6 +108,10 @@ class Gateway(FastAPI):
             figures=self.ledger.figures,
             before_scrape=self.lines.flush,
         )
+        self._webhook = Webhook(self.metrics.webhook_calls, clock=clock)
+        self._webhook.configure(config.alerts, webhook_secret(config))
+        self._soft = SoftLimits(lambda passed: self._webhook.send("soft_limit.passed", passed), clock=clock)
+        self._soft.set_marks(self.admin.limits.soft_marks(config))
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -160,8 +166,10 @@ class Gateway(FastAPI):
         return self._epoch_s
 
     def limit_headers(self, hold: Hold) -> Headers:
-        """`x-ratelimit-*` and the remaining budget, where limits exist; and whether it was held without the store."""
-        headers: Headers = [OFFLINE] if hold.is_offline else []
+        """`x-ratelimit-*`, the remaining budget, what is past its soft mark, and that it was held without the store."""
+        headers: Headers = self._soft.headers(hold) if self._soft.marks else []
+        if hold.is_offline:
+            headers.append(OFFLINE)
         requests, tokens = hold.remaining("requests"), hold.remaining("tokens")
         if requests is not None:
             headers += [
@@ -184,13 +192,18 @@ class Gateway(FastAPI):
 
         Raises: ConfigError when a secret or credential is missing; then the old one stays in force.
         """
-        new = serving(config, self.stored, self.serving.models)
-        self.ledger.set_limits(self.admin.limits.in_force(config))
+        new, secret = serving(config, self.stored, self.serving.models), webhook_secret(config)
+        self._put_limits(config)
+        self._webhook.configure(config.alerts, secret)
         self.serving = new
         self._watch_slots()
 
     def _join_limits(self) -> None:
-        self.ledger.set_limits(self.admin.limits.in_force(self.serving.config))
+        self._put_limits(self.serving.config)
+
+    def _put_limits(self, config: Config) -> None:
+        self.ledger.set_limits(self.admin.limits.in_force(config))
+        self._soft.set_marks(self.admin.limits.soft_marks(config))
 
     def _store_was_read(self, is_read: bool) -> None:
         self.metrics.store_stale = not is_read
@@ -202,7 +215,7 @@ class Gateway(FastAPI):
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             await self.stored.follow()
-            work = (self.watch.run(), self._sweep(), self.ledger.run(), self.stored.keep_up())
+            work = (self.watch.run(), self._sweep(), self.ledger.run(), self.stored.keep_up(), self._webhook.run())
             background = [tasks.create_task(each) for each in work]
             self._watch_slots()
             try:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from budget.degrade import STEPS, Step
 from gateway.config import Config, KeyConfig, KeyTraits
 from gateway.errors import PermissionDenied, StoreUnavailable, Unauthenticated
 from gateway.secret import KEY_BYTES, KEY_START
@@ -34,6 +35,7 @@ class Key:
         modes: modes it may use; None for all.
         max_thinking_tokens: its ceiling per choice; None for the model's.
         both_fields: thinking text goes out under both names.
+        degrade: steps down the ladder that its requests may take, in order.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Key:
     modes: frozenset[str] | None = None
     max_thinking_tokens: int | None = None
     both_fields: bool = False
+    degrade: tuple[Step, ...] = ()
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
@@ -60,6 +63,7 @@ class Key:
             modes=None if traits.modes is None else frozenset(traits.modes),
             max_thinking_tokens=traits.max_thinking_tokens,
             both_fields=traits.reasoning_field == "both",
+            degrade=tuple(step for step in STEPS if step in traits.degrade),
         )
 
 
@@ -119,3 +123,19 @@ def check_model(key: Key, model: str) -> None:
     """Raises: PermissionDenied when the key may not use the model."""
     if key.models is not None and model not in key.models:
         raise PermissionDenied(f"This key may not use the model {model!r}.", param="model")
+
+
+def degrade_steps(key: Key, asked: tuple[Step, ...] | None) -> tuple[Step, ...]:
+    """The steps that a request may take: the key's, or those of them it names itself.
+
+    Raises: PermissionDenied when it names another one.
+    """
+    if asked is None:
+        return key.degrade
+    for step in asked:
+        if step not in key.degrade:
+            allowed = ", ".join(key.degrade) or "none"
+            raise PermissionDenied(
+                f"This key does not allow the step {step!r} (allowed: {allowed}).", param="thinkgate.degrade"
+            )
+    return tuple(step for step in key.degrade if step in asked)

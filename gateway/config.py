@@ -1,38 +1,26 @@
 """The configuration: one frozen model, validated once, passed down.
 
 Owns: every key of the file (docs/config.md), its default and what a wrong value should have been; those of `limits`
-and `store` are in config_budgets.py. Does not own: reading files and the environment (config_load.py), nor secrets,
-which are only named here.
+and `store` are in config_budgets.py, those of `alerts` in config_alerts.py. Does not own: reading files and the
+environment (config_load.py), nor secrets, which are only named here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from gateway.config_base import Section
+from gateway.config_alerts import AlertsConfig
+from gateway.config_base import NonNegativeInt, PositiveInt, Section, Variable
 from gateway.config_budgets import LimitConfig, StoreConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def _is_variable(name: str) -> str:
-    if not VARIABLE.fullmatch(name):
-        raise ValueError("must be the name of an environment variable, not the secret itself")
-    return name
-
-
-Variable = Annotated[str, AfterValidator(_is_variable)]
 
 
 class Metrics(Section):
@@ -252,6 +240,7 @@ class Config(Section):
     models: Annotated[dict[str, ModelConfig], Field(min_length=1)]
     keys: tuple[KeyConfig, ...] = ()
     limits: tuple[LimitConfig, ...] = ()
+    alerts: AlertsConfig = AlertsConfig()
     store: StoreConfig = StoreConfig()
     routing: Routing = Routing()
     search: SearchConfig = Field(default_factory=SearchConfig)
@@ -332,7 +321,7 @@ class Config(Section):
         inert = []
         for name, model in self.models.items():
             inert += [f"models.{name}.{key}" for key in ("planner", "fallback", "architecture") if getattr(model, key)]
-        inert += [f"keys[{i}].degrade" for i, key in enumerate(self.keys) if key.degrade]
+        inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
         inert += [

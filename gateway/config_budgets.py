@@ -31,6 +31,7 @@ class LimitConfig(Section):
     unit: Literal["tokens", "thinking_tokens", "usd", "requests", "concurrency"]
     amount: float = Field(gt=0)
     window: Literal["second", "minute", "hour", "day", "month", "total"] | None = None
+    soft: float | None = Field(None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _window_fits_unit(self) -> Self:
@@ -38,6 +39,8 @@ class LimitConfig(Section):
             raise ValueError("scope must be org:, team:, user:, key:, model: or tag: and a name")
         if (self.unit == "concurrency") != (self.window is None):
             raise ValueError("concurrency has no `window`; every other unit needs one")
+        if self.soft is not None and self.window in {None, "second", "minute"}:
+            raise ValueError("`soft` is for windows of an hour and longer: what is gone in a minute warns nobody")
         if self.unit != "usd" and self.amount != int(self.amount):
             raise ValueError(f"amount of {self.unit} must be a whole number, got {self.amount:g}")
         if self.unit == "usd" and self.amount < SMALLEST_USD:

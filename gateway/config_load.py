@@ -226,6 +226,17 @@ def key_hash_secret(config: Config, *, env: Mapping[str, str] | None = None) -> 
     return secret or None
 
 
+def webhook_secret(config: Config, *, env: Mapping[str, str] | None = None) -> str:
+    """What webhook calls are signed with; empty if there are none. Raises: ConfigError when its variable is unset."""
+    variable = config.alerts.secret_env
+    if variable is None:
+        return ""
+    secret = environment(env).get(variable, "").strip()
+    if not secret:
+        raise ConfigError(f"alerts.secret_env: the variable {variable} is unset or empty")
+    return secret
+
+
 def backend_api_key(variable: str | None, *, where: str, env: Mapping[str, str] | None = None) -> str | None:
     """The credential for a backend; `where` is its entry's path. Raises: ConfigError when its variable is unset."""
     if variable is None:

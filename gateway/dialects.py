@@ -162,11 +162,9 @@ def _refuse_not_built(extension: Extension) -> None:
         raise InvalidRequest(NOT_BUILT["search"].capitalize() + ".", param="thinkgate.search", code="not_built")
     if extension.plan not in {None, "off"}:
         raise InvalidRequest("Planning is not built yet: leave `plan` out.", param="thinkgate.plan", code="not_built")
-    if extension.degrade not in (None, False, []):
+    if isinstance(extension.degrade, list) and "model" in extension.degrade:
         raise InvalidRequest(
-            "The degrade ladder is not built yet: leave `degrade` out or false.",
-            param="thinkgate.degrade",
-            code="not_built",
+            "The step `model` is not built yet: leave it out of `degrade`.", param="thinkgate.degrade", code="not_built"
         )
 
 

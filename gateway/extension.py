@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 from msgspec import Struct
 
+from budget.degrade import Step
 from budget.tokens import TokenCounts
 
 if TYPE_CHECKING:
@@ -58,6 +59,24 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
         self.resent_tokens, self.resent_cached_tokens = enforced.resent_tokens, enforced.resent_cached_tokens
 
 
+class Degraded(Struct, frozen=True, kw_only=True, rename={"was": "from"}):
+    """One step down the degrade ladder.
+
+    Attributes:
+        step: `cap`, `effort` or `instant`.
+        was: what there was: the cap in tokens, the effort word or the mode.
+        to: what there is instead.
+        scope: whose limit was short.
+        unit: of what.
+    """
+
+    step: Step
+    was: int | str
+    to: int | str
+    scope: str
+    unit: str
+
+
 class Spent(Struct, kw_only=True):
     """Amounts held or settled."""
 
@@ -87,6 +106,7 @@ class Report(Struct, kw_only=True):
     ended_by: str | msgspec.UnsetType = msgspec.UNSET
     counted: str | msgspec.UnsetType = msgspec.UNSET
     summary: SummaryReport | msgspec.UnsetType = msgspec.UNSET
+    degraded: tuple[Degraded, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):

@@ -47,13 +47,18 @@ def identity(limit: LimitConfig) -> Identity:
     return limit.scope, limit.unit, limit.window
 
 
-def ledger_limits(limits: Iterable[LimitConfig]) -> list[Limit]:
-    """Limits in the ledger's units: of several on the same scope, unit and window the tightest."""
+def tightest(limits: Iterable[LimitConfig]) -> dict[Identity, LimitConfig]:
+    """Of several limits on the same scope, unit and window the tightest."""
     tightest: dict[Identity, LimitConfig] = {}
     for limit in limits:
         other = tightest.get(identity(limit))
         if other is None or limit.amount < other.amount:
             tightest[identity(limit)] = limit
+    return tightest
+
+
+def ledger_limits(limits: Iterable[LimitConfig]) -> list[Limit]:
+    """Limits in the ledger's units: of several on the same scope, unit and window the tightest."""
     return [
         Limit(
             scope=limit.scope,
@@ -61,7 +66,7 @@ def ledger_limits(limits: Iterable[LimitConfig]) -> list[Limit]:
             amount=nano_usd(limit.amount) if limit.unit == "usd" else int(limit.amount),
             window=limit.window,
         )
-        for limit in tightest.values()
+        for limit in tightest(limits).values()
     ]
 
 
@@ -81,7 +86,14 @@ class Limits:
 
     def in_force(self, config: Config) -> list[Limit]:
         """Those of `config` joined with the store's, for the ledger."""
-        return ledger_limits([*config.limits, *(stored.limit for stored in self._stored.limits.values())])
+        return ledger_limits(self._joined(config))
+
+    def soft_marks(self, config: Config) -> dict[Identity, float]:
+        """The soft marks of the same, as fractions."""
+        return {id: limit.soft for id, limit in tightest(self._joined(config)).items() if limit.soft is not None}
+
+    def _joined(self, config: Config) -> list[LimitConfig]:
+        return [*config.limits, *(stored.limit for stored in self._stored.limits.values())]
 
     def entries(self, actor: Actor, *, scope: str | None = None) -> list[LimitEntry]:
         """All that the actor may see, by scope; those on one scope only, if it is named."""

@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from budget.tokens import TokenCounts
+from gateway.extension import Degraded
 
 FLUSH_EVERY_S = 0.2
 MAX_PENDING = 50_000
@@ -47,6 +48,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     cost_nano_usd: int = 0
     offline: bool = False
     error: str | None = None
+    degraded: tuple[Degraded, ...] = ()
 
     def publish(self) -> RequestLine:
         """A line that is ready."""

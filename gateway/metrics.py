@@ -114,11 +114,13 @@ class Metrics(Collector):
         self._resent = CounterCells(
             "thinkgate_resent_tokens", "Prompt tokens of a choice's later segments.", ("model", "cached")
         )
+        self.degraded = CounterCells("thinkgate_degraded", "Steps down the degrade ladder.", ("step", "model"))
         self.refusals = CounterCells("thinkgate_refusals", "Requests refused.", ("code",))
         self.disconnects = CounterCells("thinkgate_disconnects", "Clients that left early.", ("route",))
         self.unreported = CounterCells(
             "thinkgate_unreported_calls", "Calls closed before the backend reported any token.", ("model",)
         )
+        self.webhook_calls = CounterCells("thinkgate_webhook_calls", "Messages to the webhook.", ("outcome",))
         self.reloads = CounterCells("thinkgate_config_reloads", "Configuration reloads.", ("outcome",))
         self.reload_failed = False
         self.store_failures = CounterCells("thinkgate_store_failures", "Failed readings of stored keys and limits.", ())

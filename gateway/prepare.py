@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
+from budget.degrade import Step
 from budget.ledger import Amounts
-from gateway.auth import Key, check_model
+from gateway.auth import Key, check_model, degrade_steps
 from gateway.backends.port import Call, Surface, Thinking
 from gateway.enforcement import How, Needs, instant_enforcement
 from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from gateway.extension import CapReport
+from gateway.extension import CapReport, Degraded
 from gateway.fields import check_choices, check_media, upstream_fields
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
@@ -49,6 +50,8 @@ class Prepared(msgspec.Struct, frozen=True):
         slack: output tokens per choice that holding it may waste.
         aside: the most prompt and output tokens of all calls on the side; none: no summary will be made.
         stops: stop strings the gateway matches itself.
+        steps: down the degrade ladder, those it may take if its limits refuse it.
+        degraded: those it has taken.
     """
 
     ask: Ask
@@ -61,6 +64,8 @@ class Prepared(msgspec.Struct, frozen=True):
     slack: int = 0
     aside: tuple[int, int] = (0, 0)
     stops: Stops = NO_STOPS
+    steps: tuple[Step, ...] = ()
+    degraded: tuple[Degraded, ...] = ()
 
     @property
     def choices(self) -> int:
@@ -151,8 +156,8 @@ def decide(
     ceiling = ceiling_of(
         ask, model, report.tokens, max_tokens + slack, aside, body_bytes=body_bytes, media_parts=media_parts
     )
-    enforcer = Enforcement(needs)
-    return Prepared(ask, model, decision, call, report, ceiling, enforcer, slack, aside, stops)
+    steps = degrade_steps(key, ask.degrade)
+    return Prepared(ask, model, decision, call, report, ceiling, Enforcement(needs), slack, aside, stops, steps)
 
 
 class _Bounded(NamedTuple):

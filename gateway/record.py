@@ -94,12 +94,7 @@ class Record:
         cap, capped = None, False
         if run is not None and prepared is not None:
             cap, capped = prepared.cap.tokens, run.tally.capped
-            if capped:
-                metrics.capped(model)
-            if run.overrun:
-                metrics.overrun(model, self.backend)
-            if not prepared.is_plain():
-                metrics.enforced(model, run.enforced)
+            self._publish_thinking(prepared, run)
         return RequestLine(
             event="request",
             time=self._ended_at_s,
@@ -121,4 +116,17 @@ class Record:
             cost_nano_usd=self.nano_usd,
             offline=self.is_offline,
             error=self.error,
+            degraded=() if prepared is None else prepared.degraded,
         )
+
+    def _publish_thinking(self, prepared: Prepared, run: Run) -> None:
+        """Count how its thinking was bounded."""
+        metrics, model = self._metrics, self.model
+        if run.tally.capped:
+            metrics.capped(model)
+        for taken in prepared.degraded:
+            metrics.degraded.add(taken.step, model)
+        if run.overrun:
+            metrics.overrun(model, self.backend)
+        if not prepared.is_plain():
+            metrics.enforced(model, run.enforced)

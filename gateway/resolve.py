@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from budget.degrade import STEPS, Step
 from budget.price import nano_usd
 from gateway.dialects import LEAST_FIELD, Said, contradiction, hear_common, hear_dialects, hear_least
 from gateway.errors import InvalidRequest
@@ -58,6 +59,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         priority: -1, 0 or 1; lower goes first.
         has_tools: the client brings tools.
         forces_call: one of them must be called.
+        degrade: steps down the ladder that it agrees to; None: all that its key allows.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     has_tools: bool = False
     forces_call: bool = False
+    degrade: tuple[Step, ...] | None = None
 
 
 def split_suffix(name: str, known: object) -> tuple[str, str | None]:
@@ -200,7 +203,14 @@ def _ask(fields: Common, model: str, said: Said, total: int | None, total_field:
         tier=fields.service_tier,
         priority=PRIORITY.get(fields.service_tier or "", 0),
         has_tools=has_tools,
+        degrade=None if extension is None else _degrade(extension.degrade),
     )
+
+
+def _degrade(asked: bool | list[Literal["cap", "effort", "instant", "model"]] | None) -> tuple[Step, ...] | None:
+    if asked is None or asked is True:
+        return None
+    return () if asked is False else tuple(step for step in STEPS if step in asked)
 
 
 def _check_stream_options(fields: Common, stream: bool) -> None:

@@ -17,6 +17,7 @@ from budget.errors import HoldRefused, StoreUnreachable
 from gateway.aggregate import Aggregator
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
+from gateway.degrade import Request, one_step_down
 from gateway.edge import EVENT_STREAM, JSON
 from gateway.errors import BudgetStoreUnreachable, Headers, LimitExceeded
 from gateway.extension import Report, Spent, UsageReport, encode
@@ -59,13 +60,23 @@ async def serve_completion(
     prepared = state.decisions.prepare(body, surface, key, request_id=exchange.request_id, trace=exchange.trace)
     record.begin(prepared)
     scopes = (*key.scopes, prepared.model.scope)
-    hold = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode)
-    try:
-        async with hold:
-            record.is_offline = hold.is_offline
-            await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
-    except (HoldRefused, StoreUnreachable) as exc:
-        raise refusal(exc, gateway.limit_headers(hold)) from exc
+    while True:  # once, but for a request that goes down the degrade ladder
+        hold = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode)
+        try:
+            async with hold:
+                record.is_offline = hold.is_offline
+                if prepared.degraded:
+                    record.begin(prepared)
+                await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
+                return
+        except StoreUnreachable as exc:
+            raise refusal(exc, gateway.limit_headers(hold)) from exc
+        except HoldRefused as exc:
+            request = Request(body, surface, key, state.models, state.config)
+            lower = one_step_down(request, prepared, hold, exc)
+            if lower is None:
+                raise refusal(exc, gateway.limit_headers(hold)) from exc
+            prepared = lower
 
 
 def refusal(exc: HoldRefused | StoreUnreachable, limit_headers: Headers) -> LimitExceeded | BudgetStoreUnreachable:
@@ -289,6 +300,8 @@ class Answer:
             report.counted = "estimated"
         if self._summaries is not None:
             report.summary = self._summaries.outcome
+        if prepared.degraded:
+            report.degraded = prepared.degraded
         return UsageReport.of(counts), report
 
     def _id_header(self) -> Headers:
@@ -304,4 +317,7 @@ class Answer:
             (b"x-thinkgate-backend", run.slot.config.id.encode() if run.slot is not None else b""),
             (b"x-thinkgate-overhead-ms", b"%.3f" % (overhead_s * 1000)),
         ]
+        if self._prepared.degraded:
+            steps = ",".join(taken.step for taken in self._prepared.degraded)
+            headers.append((b"x-thinkgate-degraded", steps.encode()))
         return headers + self._gateway.limit_headers(run.hold)

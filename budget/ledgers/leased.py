@@ -122,6 +122,10 @@ class LeasedHold:
                 least = standing
         return None if least is None else least.remaining()
 
+    def standings(self) -> Sequence[Standing]:
+        """All limits, as of the last call to the store."""
+        return self._standings
+
 
 class LeasedLedger:
     """See budget.ledger.Ledger.

@@ -76,6 +76,11 @@ class MemoryHold:
                     least = standing
         return None if least is None else least.remaining()
 
+    def standings(self) -> list[Standing]:
+        """All limits over the hold's scopes, as they are now."""
+        now_s = self._ledger.clock()
+        return [account.standing(account.turn(now_s), now_s) for account in self._accounts]
+
 
 class MemoryLedger:
     """See budget.ledger.Ledger."""

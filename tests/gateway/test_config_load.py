@@ -111,7 +111,6 @@ def test_the_documented_sample_loads(tmp_path: Path) -> None:
         "models.qwen3.planner",
         "models.qwen3.fallback",
         "models.qwen3.architecture",
-        "keys[0].degrade",
     ]
 
 

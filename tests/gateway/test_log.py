@@ -109,6 +109,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "cost_nano_usd",
         "offline",
         "error",
+        "degraded",
     )
 
 

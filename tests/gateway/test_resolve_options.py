@@ -138,8 +138,8 @@ def test_a_least_of_zero_says_nothing(says: Says | None) -> None:
         ({"thinkgate": {"search": {"policy": "beam"}}}, "thinkgate.search"),
         ({"thinkgate": {"plan": "on"}}, "thinkgate.plan"),
         ({"thinkgate": {"plan": "auto"}}, "thinkgate.plan"),
-        ({"thinkgate": {"degrade": True}}, "thinkgate.degrade"),
-        ({"thinkgate": {"degrade": ["cap"]}}, "thinkgate.degrade"),
+        ({"thinkgate": {"degrade": ["model"]}}, "thinkgate.degrade"),
+        ({"thinkgate": {"degrade": ["cap", "model"]}}, "thinkgate.degrade"),
     ],
     ids=str,
 )
@@ -150,12 +150,26 @@ def test_what_is_not_built_is_refused_by_name(fields: Json, param: str) -> None:
     assert "use" in error.message or "leave" in error.message
 
 
-@pytest.mark.parametrize(
-    "fields", [{"plan": "off"}, {"degrade": False}, {"degrade": []}, {"search": None, "plan": None, "degrade": None}]
-)
+@pytest.mark.parametrize("fields", [{"plan": "off"}, {"search": None, "plan": None, "degrade": None}])
 def test_switching_off_what_is_not_built_is_fine(fields: Json) -> None:
     """Saying no to a reserved feature is accepted."""
     assert chat({"thinkgate": fields}) == chat()
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        (None, None),
+        (True, None),
+        (False, ()),
+        ([], ()),
+        (["instant"], ("instant",)),
+        (["instant", "cap", "effort", "cap"], ("cap", "effort", "instant")),
+    ],
+)
+def test_the_steps_a_request_agrees_to_are_heard(asked: bool | list[str] | None, steps: tuple[str, ...] | None) -> None:
+    """Nothing said, or true, leaves it to the key; the order of a list does not matter."""
+    assert chat({"thinkgate": {"degrade": asked}}).degrade == steps
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from budget.envelope import Envelope
-from budget.ledger import Amounts, Remaining, Unit, Used
+from budget.ledger import Amounts, Remaining, Standing, Unit, Used
 from budget.price import PriceTable
 from gateway.backends.port import Call, Delta, Kind, Thinking, Usage
 from gateway.backends.reader import MarkerIds, StreamReader
@@ -46,6 +46,10 @@ class Held:
     def remaining(self, unit: Unit) -> Remaining | None:
         """Nothing limits."""
         return None
+
+    def standings(self) -> tuple[Standing, ...]:
+        """Nothing limits."""
+        return ()
 
 
 def call(*, enabled: bool = True, cap: int | None = 5) -> Call:
