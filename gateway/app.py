@@ -27,9 +27,11 @@ from gateway.backends.http_backend import HttpBackend
 from gateway.config_load import key_hash_secret, secret_sha256s, webhook_secret
 from gateway.edge import ClientGone, Exchange, Message, Receive, Scope, Send
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
+from gateway.idempotency import serve_once
 from gateway.log import LineWriter
 from gateway.metrics import Metrics
 from gateway.models import Model, Slot, build_models
+from gateway.outcomes import Outcomes
 from gateway.record import Record
 from gateway.shapes import Decisions
 from gateway.soft_limits import SoftLimits
@@ -112,6 +114,12 @@ class Gateway(FastAPI):
         self._webhook.configure(config.alerts, webhook_secret(config))
         self._soft = SoftLimits(lambda passed: self._webhook.send("soft_limit.passed", passed), clock=clock)
         self._soft.set_marks(self.admin.limits.soft_marks(config))
+        self.outcomes = Outcomes(
+            self.stored.records,
+            lambda: self.serving.config.idempotency,
+            clock=time.perf_counter,
+            became=self.metrics.idempotency.add,
+        )
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -135,7 +143,10 @@ class Gateway(FastAPI):
         try:
             self._admit(scope)
             with watched:
-                await route(self, exchange, record, watched)
+                if exchange.idempotency_key is None:
+                    await route(self, exchange, record, watched)
+                else:
+                    await serve_once(route, self, exchange, record, watched)
         except GatewayError as exc:
             await self._fail(exchange, record, exc)
         except ClientGone:
@@ -215,7 +226,14 @@ class Gateway(FastAPI):
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             await self.stored.follow()
-            work = (self.watch.run(), self._sweep(), self.ledger.run(), self.stored.keep_up(), self._webhook.run())
+            work = (
+                self.watch.run(),
+                self._sweep(),
+                self.ledger.run(),
+                self.stored.keep_up(),
+                self.outcomes.keep_up(),
+                self._webhook.run(),
+            )
             background = [tasks.create_task(each) for each in work]
             self._watch_slots()
             try:

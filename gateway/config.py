@@ -213,6 +213,15 @@ class KeyConfig(KeyTraits):
         return self
 
 
+class IdempotencyConfig(Section):
+    """Answers kept for retries with the same `Idempotency-Key`."""
+
+    enabled: bool = True
+    ttl_s: float = Field(86400, gt=0)
+    max_bytes: PositiveInt = 1024 * 1024
+    lease_s: float = Field(60, ge=10)
+
+
 class Routing(Section):
     """Which mode a request gets that names none."""
 
@@ -242,6 +251,7 @@ class Config(Section):
     limits: tuple[LimitConfig, ...] = ()
     alerts: AlertsConfig = AlertsConfig()
     store: StoreConfig = StoreConfig()
+    idempotency: IdempotencyConfig = IdempotencyConfig()
     routing: Routing = Routing()
     search: SearchConfig = Field(default_factory=SearchConfig)
     agentic: AgenticConfig = Field(default_factory=AgenticConfig)

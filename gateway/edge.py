@@ -58,19 +58,23 @@ class Exchange:
         has_body: the request's body was read.
         has_started: the response's status is sent.
         is_complete: the last part of the response is sent, or waits for the client.
+        idempotency_key: the header, or None; empty where it stands twice.
         began_s: monotonic time of arrival.
         wait_s: time spent waiting for a backend before the first byte.
     """
 
     __slots__ = (
+        "_body",
         "_content_length",
         "_receive",
         "_send",
+        "_server",
         "_whole",
         "authorization",
         "began_s",
         "has_body",
         "has_started",
+        "idempotency_key",
         "is_complete",
         "put",
         "request_id",
@@ -83,11 +87,13 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.began_s = time.perf_counter()
         self._receive = receive
-        self._send = send
+        self._send = self._server = send
         extensions = scope.get("extensions") or {}
         self._whole: WholeResponse | None = extensions.get(WHOLE_RESPONSE)
         self.put: BodyPart | None = extensions.get(BODY_PART)
         self.authorization: bytes | None = None
+        self.idempotency_key: bytes | None = None
+        self._body = b""
         self.trace: tuple[tuple[bytes, bytes], ...] = ()
         self._content_length = -1
         self.has_body = self.has_started = self.is_complete = False
@@ -102,6 +108,8 @@ class Exchange:
                 request_id = value
             elif name == b"content-length":
                 self._content_length = int(value) if value.isdigit() else -1
+            elif name == b"idempotency-key":
+                self.idempotency_key = value if self.idempotency_key is None else b""
             elif name in _TRACE:
                 self.trace = (*self.trace, (name, value))
         sane = request_id and _REQUEST_ID.fullmatch(request_id)
@@ -113,10 +121,12 @@ class Exchange:
         return self._receive
 
     async def body(self, limit_bytes: int) -> bytes:
-        """The whole body; how long it may take is the watch's business.
+        """The whole body, also a second time; how long it may take is the watch's business.
 
         Raises: RequestTooLarge, ClientGone.
         """
+        if self.has_body:
+            return self._body
         if self._content_length > limit_bytes:
             raise _too_large(limit_bytes)
         message = await self._receive()
@@ -128,6 +138,7 @@ class Exchange:
                 pieces.append(self._piece(message, size, limit_bytes))
                 size += len(pieces[-1])
             body = b"".join(pieces)
+        self._body = body
         self.has_body = True
         return body
 
@@ -143,6 +154,11 @@ class Exchange:
     def overhead_s(self) -> float:
         """Time since arrival that was not spent waiting for a backend."""
         return time.perf_counter() - self.began_s - self.wait_s
+
+    def divert(self, wrap: Callable[[Send], Send]) -> None:
+        """From now on all of the response passes through `wrap(send)`; nothing takes a short way any more."""
+        self._send = wrap(self._send)
+        self._whole = self.put = None
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole response."""
@@ -170,7 +186,7 @@ class Exchange:
 
     async def cut(self) -> None:
         """Close the connection whatever the client has not read yet; ASGI has no word for it, uvicorn a way."""
-        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        transport = getattr(getattr(self._server, "__self__", None), "transport", None)
         if transport is not None:
             transport.abort()
             await asyncio.sleep(0)  # uvicorn learns of it in the next turn of the loop

@@ -7,16 +7,18 @@ Source of the table: docs/api.md, "Errors".
     ├── InvalidRequest            400  malformed, wrong type, contradiction, not honourable here
     │   ├── RequestTooLarge       413
     │   ├── HeadTooLarge          431
+    │   ├── IdempotencyMismatch   422  the Idempotency-Key was used with another body
     │   └── ModelNotFound         404
     ├── RouteNotFound             404
     ├── EntryNotFound             404  of the admin API
     ├── ConflictingChange         409  what would be changed is the file's, taken, or no longer as it was
+    ├── StillRunning              409  the first request with this Idempotency-Key has not ended
     ├── MethodNotAllowed          405
     ├── Unauthenticated           401
     ├── PermissionDenied          403
     ├── LimitExceeded             429  the ledger refused: rate, budget spent, budget held
     ├── Overloaded                503  no healthy backend, queue full, draining
-    ├── StoreUnavailable          503  the store of keys and limits cannot be reached
+    ├── StoreUnavailable          503  the store of keys, limits and kept answers cannot be reached
     ├── BudgetStoreUnreachable    503  nothing can be held, so nothing is spent
     ├── UpstreamRejected          4xx  the backend's own refusal of this request, passed through
     ├── UpstreamError             502  the backend answered badly or broke off
@@ -109,6 +111,20 @@ class HeadTooLarge(InvalidRequest):
     default_code = "headers_too_large"
 
 
+class IdempotencyMismatch(InvalidRequest):
+    """The Idempotency-Key was used with another body."""
+
+    status = 422
+    default_code = "idempotency_mismatch"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used with another body: take a new one for a new request.")
+
+    def headers(self) -> Headers:
+        """It stays so, whatever status a client retries."""
+        return [(b"x-should-retry", b"false")]
+
+
 class ModelNotFound(InvalidRequest):
     """No model of that public name is configured."""
 
@@ -138,6 +154,18 @@ class ConflictingChange(GatewayError):
     status = 409
     type = "invalid_request_error"
     default_code = "conflict"
+
+
+class StillRunning(GatewayError):
+    """The first request with this Idempotency-Key has not ended."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "idempotency_running"
+    is_retryable = True
+
+    def __init__(self) -> None:
+        super().__init__("The first request with this Idempotency-Key still runs: try again.", retry_after_s=1.0)
 
 
 class MethodNotAllowed(GatewayError):
@@ -218,7 +246,7 @@ class Overloaded(GatewayError):
 
 
 class StoreUnavailable(GatewayError):
-    """The store of keys and limits cannot be reached."""
+    """The store of keys, limits and kept answers cannot be reached."""
 
     status = 503
     type = "service_unavailable_error"

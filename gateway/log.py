@@ -49,6 +49,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     offline: bool = False
     error: str | None = None
     degraded: tuple[Degraded, ...] = ()
+    replayed: bool = False
 
     def publish(self) -> RequestLine:
         """A line that is ready."""

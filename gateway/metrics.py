@@ -123,6 +123,9 @@ class Metrics(Collector):
         self.webhook_calls = CounterCells("thinkgate_webhook_calls", "Messages to the webhook.", ("outcome",))
         self.reloads = CounterCells("thinkgate_config_reloads", "Configuration reloads.", ("outcome",))
         self.reload_failed = False
+        self.idempotency = CounterCells(
+            "thinkgate_idempotency", "Requests with an Idempotency-Key, by what became of them.", ("outcome",)
+        )
         self.store_failures = CounterCells("thinkgate_store_failures", "Failed readings of stored keys and limits.", ())
         self.store_failures.add(by=0)
         self.store_stale = False

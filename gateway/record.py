@@ -26,7 +26,6 @@ class Record:
         "_exchange",
         "_metrics",
         "_prepared",
-        "_route",
         "_run",
         "_seconds",
         "backend",
@@ -39,13 +38,15 @@ class Record:
         "model",
         "nano_usd",
         "overhead_s",
+        "replayed",
+        "route",
     )
 
     def __init__(self, exchange: Exchange, route: str, metrics: Metrics) -> None:
         self._exchange = exchange
         self._metrics = metrics
         self._seconds = self._ended_at_s = 0.0
-        self._route = route
+        self.route = route
         self._prepared: Prepared | None = None
         self._run: Run | None = None
         self.key = self.model = self.backend = ""
@@ -56,6 +57,7 @@ class Record:
         self.first_byte_s: float | None = None
         self.is_offline = False
         self.overhead_s = 0.0
+        self.replayed = False
 
     def begin(self, prepared: Prepared) -> None:
         """Model and mode are known."""
@@ -86,7 +88,7 @@ class Record:
         model, mode, reason = self.model, "", ""
         if prepared is not None:
             mode, reason = prepared.decision.mode, prepared.decision.reason
-        metrics.request(self._route, model, mode, exchange.status, seconds)
+        metrics.request(self.route, model, mode, exchange.status, seconds)
         if self.first_byte_s is not None:
             metrics.began(model, mode, first_byte_s=self.first_byte_s, overhead_s=self.overhead_s)
         if self.backend:
@@ -99,7 +101,7 @@ class Record:
             event="request",
             time=self._ended_at_s,
             request_id=exchange.request_id,
-            route=self._route,
+            route=self.route,
             status=exchange.status,
             key=self.key,
             model=model,
@@ -117,6 +119,7 @@ class Record:
             offline=self.is_offline,
             error=self.error,
             degraded=() if prepared is None else prepared.degraded,
+            replayed=self.replayed,
         )
 
     def _publish_thinking(self, prepared: Prepared, run: Run) -> None:

@@ -36,6 +36,7 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "retry-after": ("Seconds until a retry may succeed.", INTEGER),
     "retry-after-ms": ("The same in milliseconds.", INTEGER),
     "x-should-retry": ("`false`: a retry is of no use.", {"const": "false"}),
+    "idempotent-replayed": ("This is the first answer to the same `Idempotency-Key`.", {"const": "true"}),
     "www-authenticate": ("The challenge.", {"const": "Bearer"}),
 }
 ALWAYS = ("x-request-id",)
@@ -48,6 +49,7 @@ ERRORS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "404": ("NotFound", "No model, key, limit or token of that name.", ()),
     "409": ("Conflicting", "What would be changed is the file's, taken, or no longer as it was.", ("x-should-retry",)),
     "413": ("TooLarge", "The body is larger than `server.max_body_bytes`.", ()),
+    "422": ("Mismatched", "The `Idempotency-Key` was used with another body.", ("x-should-retry",)),
     "431": ("HeadTooLarge", "The request's headers are larger than 64 KiB.", ()),
     "429": ("LimitExceeded", "A rate, a budget that is spent, or one that others hold.", (*RETRY, *LIMITS)),
     "4XX": ("BackendRefused", "The backend's own refusal of the request, with its status and error.", ()),
@@ -56,7 +58,8 @@ ERRORS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "503": ("Unavailable", "No backend or store that is up, or the server is draining.", RETRY),
     "504": ("TimedOut", "The envelope's seconds or a timeout ran out.", RETRY),
 }
-COMPLETION_ERRORS = tuple(status for status in ERRORS if status != "409")
+STILL_RUNNING = ("StillRunning", "The first request with this `Idempotency-Key` has not ended.", RETRY)
+OF_COMPLETIONS = {**ERRORS, "409": STILL_RUNNING}
 SPENT = {"tokens": 1042, "thinking_tokens": 64, "nano_usd": 0}
 THINKGATE = {
     "mode": "reasoning",
@@ -155,7 +158,9 @@ def document(*, has_keys: bool = True) -> Json:
                 name: {"description": text, "schema": schema, "required": name in ALWAYS}
                 for name, (text, schema) in HEADERS.items()
             },
-            "responses": {name: _error(text, (*ALWAYS, *headers)) for name, text, headers in ERRORS.values()},
+            "responses": {
+                name: _error(text, (*ALWAYS, *headers)) for name, text, headers in (*ERRORS.values(), STILL_RUNNING)
+            },
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the file or of the store."},
                 SCHEME: {"type": "http", "scheme": "bearer", "description": "An admin token."},
@@ -179,9 +184,9 @@ def _error(description: str, headers: tuple[str, ...]) -> Json:
     return {"description": description, "headers": _headers(headers), "content": _json("Error")}
 
 
-def _errors(statuses: tuple[str, ...]) -> Json:
+def _errors() -> Json:
     """Errors of the hot routes, which always say the request's id."""
-    return {status: {"$ref": f"#/components/responses/{ERRORS[status][0]}"} for status in statuses}
+    return {status: {"$ref": f"#/components/responses/{name}"} for status, (name, *_) in OF_COMPLETIONS.items()}
 
 
 def _plain_errors(statuses: tuple[str, ...]) -> Json:
@@ -219,16 +224,16 @@ def _post(
     content = _json(name if streams else "EmbeddingList", response)
     if streams:
         content["text/event-stream"] = {"schema": event(f"{name}Chunk")}
-    served = (*ALWAYS, *headers, "x-thinkgate-backend", "x-thinkgate-overhead-ms", *LIMITS)
+    served = (*ALWAYS, "idempotent-replayed", *headers, "x-thinkgate-backend", "x-thinkgate-overhead-ms", *LIMITS)
     return {
         "post": {
             "operationId": operation,
             "summary": summary,
-            "parameters": [_request_id()],
+            "parameters": [_request_id(), _idempotency_key()],
             "requestBody": {"required": True, "content": _json(f"{name}Request", request)},
             "responses": {
                 "200": {"description": "The answer.", "headers": _headers(served), "content": content},
-                **_errors(COMPLETION_ERRORS),
+                **_errors(),
             },
         }
     }
@@ -241,6 +246,16 @@ def _request_id() -> Json:
         "required": False,
         "description": "An id of your own for this request.",
         "schema": {"type": "string"},
+    }
+
+
+def _idempotency_key() -> Json:
+    return {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "required": False,
+        "description": "Sent again with the same body, the request is answered as before, and charged once.",
+        "schema": {"type": "string", "pattern": "^[ -~]{1,255}$"},
     }
 
 

