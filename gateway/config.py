@@ -219,6 +219,7 @@ class IdempotencyConfig(Section):
     enabled: bool = True
     ttl_s: float = Field(86400, gt=0)
     max_bytes: PositiveInt = 1024 * 1024
+    max_total_bytes: PositiveInt = 256 * 1024 * 1024
     lease_s: float = Field(60, ge=10)
 
 

@@ -10,9 +10,10 @@ import asyncio
 import hashlib
 import logging
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -80,6 +81,15 @@ class Claim:
         self.lock = asyncio.Lock()
 
 
+class Kept(NamedTuple):
+    """An outcome that this process kept; `ends_at_s` in its time."""
+
+    name: str
+    version: int
+    size_bytes: int
+    ends_at_s: float
+
+
 class Outcomes:
     """Claims and outcomes in the store.
 
@@ -87,7 +97,7 @@ class Outcomes:
         records: the store.
         rules: the configuration in force.
         clock: monotonic seconds.
-        became: told what became of each request.
+        became: told what became of each request, and of outcomes that are removed before their time.
     """
 
     def __init__(
@@ -103,6 +113,8 @@ class Outcomes:
         self._clock = clock
         self._became = became
         self._running: set[Claim] = set()
+        self._kept: deque[Kept] = deque()  # oldest first
+        self._kept_bytes = 0
 
     @asynccontextmanager
     async def claimed(self, name: str, body: bytes) -> AsyncIterator[Claim | Outcome]:
@@ -123,15 +135,19 @@ class Outcomes:
     async def keep(self, claim: Claim, outcome: Outcome) -> None:
         """Put an outcome in the place of its claim; a store that fails costs the replay, not the answer."""
         self._running.discard(claim)
+        value, ttl_s = _encode(outcome), self._rules().ttl_s
         async with claim.lock:
             try:
-                is_kept = await self._write(claim, _encode(outcome), self._rules().ttl_s)
+                is_kept = await self._write(claim, value, ttl_s)
             except RecordsUnreachable as exc:
                 log.warning("an answer could not be kept for retries", extra={"reason": str(exc)})
                 claim.became = "lost"
                 return
         claim.is_open = False
         claim.became = "stored" if is_kept else "lost"
+        if is_kept:
+            self._kept.append(Kept(claim.name, claim.version, len(value), self._clock() + ttl_s))
+            self._kept_bytes += len(value)
 
     async def renew(self) -> None:
         """Renew the claims whose time it is. O(claims)."""
@@ -151,12 +167,24 @@ class Outcomes:
                 log.warning("a claim was lost: its lease ended, and the request was taken up elsewhere")
                 self._running.discard(claim)
 
+    async def make_room(self) -> None:
+        """Remove the oldest of this process's outcomes until the others fit. O(removed)."""
+        now_s, most_bytes = self._clock(), self._rules().max_total_bytes
+        while self._kept and (self._kept_bytes > most_bytes or self._kept[0].ends_at_s <= now_s):
+            oldest = self._kept.popleft()
+            self._kept_bytes -= oldest.size_bytes
+            if oldest.ends_at_s > now_s:
+                self._became("evicted")
+                with suppress(Conflict, RecordsUnreachable):  # then it ends with its time
+                    await self._records.delete(oldest.name, expect=oldest.version)
+
     async def keep_up(self) -> None:
-        """Renew claims, until cancelled."""
+        """Renew claims and make room, until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             try:
                 await self.renew()
+                await self.make_room()
             except Exception:  # a bug here must not end the requests that run
                 log.exception("renewing claims failed")
 
@@ -170,7 +198,7 @@ class Outcomes:
                 claim.version = await self._records.put(claim.name, claim.value, expect=0, ttl_s=lease_s)
             except Conflict:
                 claim.is_open = False
-                return await self._kept(claim)
+                return await self._found(claim)
         except RecordsUnreachable as exc:
             claim.became = "unavailable"
             log.warning("a request was refused, since nothing can be promised", extra={"reason": str(exc)})
@@ -181,7 +209,7 @@ class Outcomes:
         self._running.add(claim)
         return None
 
-    async def _kept(self, claim: Claim) -> Outcome:
+    async def _found(self, claim: Claim) -> Outcome:
         """What another request left. Raises: IdempotencyMismatch, StillRunning, RecordsUnreachable."""
         record = await self._records.get(claim.name)
         if record is None:  # it gave up in this very moment

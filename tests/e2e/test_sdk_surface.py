@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 import openai
@@ -78,6 +79,23 @@ def test_response_names_mode_and_backend_in_headers(client: OpenAI) -> None:
     assert raw.headers["x-thinkgate-backend"] == report["backend"]
     assert raw.headers["x-request-id"] == report["request_id"]
     assert float(raw.headers["x-thinkgate-overhead-ms"]) >= 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_sent_again_gets_the_first_answer(client: OpenAI, stream: bool) -> None:
+    """With `extra_headers` the SDK's request is carried out once: even at a high temperature both answers agree."""
+    create = client.chat.completions.with_raw_response.create
+    request: Any = {"model": f"{MODEL}:instant", "messages": [{"role": "user", "content": "Say something."}]}
+    request |= {"max_completion_tokens": 24, "temperature": 2.0, "stream": stream}
+    headers = {"Idempotency-Key": secrets.token_hex()}
+    first, again = [create(**request, extra_headers=headers) for _ in range(2)]
+    told = [[chunk.to_dict() for chunk in raw.parse()] if stream else [raw.parse().to_dict()] for raw in (first, again)]
+    assert told[0] == told[1]
+    assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (False, "true")
+    assert again.headers["x-request-id"] == first.headers["x-request-id"]
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        create(**request | {"max_completion_tokens": 25}, extra_headers=headers)
+    assert refused.value.code == "idempotency_mismatch"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -129,7 +129,7 @@ def test_the_sdk_never_retries_in_vain(error: GatewayError) -> None:
     told_not_to = headers_of(error).get("x-should-retry") == "false"
     lasting = not error.is_retryable or getattr(error, "kind", "") == "budget_spent"
     says_so_anyway = isinstance(error, IdempotencyMismatch)  # to clients that retry more than the SDK
-    assert told_not_to == (would_retry and lasting or says_so_anyway)
+    assert told_not_to == ((would_retry and lasting) or says_so_anyway)
 
 
 def test_an_error_names_its_param_and_keeps_its_cause() -> None:

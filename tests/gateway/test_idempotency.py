@@ -263,6 +263,20 @@ async def test_the_largest_answer_is_kept(scripted: ScriptedBackend) -> None:
             assert (len(answer.body), became(gateway, wanted)) == (size, 1)
 
 
+async def test_old_answers_make_room(scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond `idempotency.max_total_bytes` the oldest answers go, and their requests would run anew."""
+    monkeypatch.setattr("gateway.outcomes.TICK_S", 0.01)
+    async with live(tree_of(scripted, idempotency={"max_total_bytes": 5000})) as gateway:
+        scripted.forget()
+        for number in range(6):
+            await ask(gateway, ASK, headers={"idempotency-key": str(number)})
+        async with asyncio.timeout(5):
+            while not became(gateway, "evicted"):
+                await asyncio.sleep(0.01)
+        assert "idempotent-replayed" in (await ask(gateway, ASK, headers={"idempotency-key": "5"})).headers
+        assert "idempotent-replayed" not in (await ask(gateway, ASK, headers={"idempotency-key": "0"})).headers
+
+
 async def test_it_can_be_off(scripted: ScriptedBackend) -> None:
     """With `idempotency.enabled: false` the header has no effect, and nothing is kept."""
     async with live(tree_of(scripted, idempotency={"enabled": False})) as gateway:

@@ -20,6 +20,7 @@ from gateway.outcomes import Claim, Outcome, Outcomes
 from tests.budget.records.stores import Clock, Store, by_clock, by_server
 
 LEASE_S = 60.0
+MOST_BYTES = 10_000
 NAME, BODY = "idempotency/17", b"{}"
 
 
@@ -45,7 +46,7 @@ class Process:
     def __init__(self, records: Records) -> None:
         self.now_s = 0.0
         self.became: list[str] = []
-        rules = IdempotencyConfig(lease_s=LEASE_S)
+        rules = IdempotencyConfig(lease_s=LEASE_S, max_total_bytes=MOST_BYTES)
         self.outcomes = Outcomes(records, lambda: rules, clock=lambda: self.now_s, became=self.became.append)
 
     async def begin(self, name: str = NAME) -> Claim:
@@ -132,6 +133,42 @@ async def test_a_lapsed_lease_that_nobody_took_is_good(store: Store) -> None:
     await store.pass_time(LEASE_S)
     await here.outcomes.keep(claim, outcome_of(claim))
     assert await there.ask() == outcome_of(claim)
+
+
+async def test_the_oldest_outcomes_make_room(store: Store) -> None:
+    """What one process keeps stays within its bound: the oldest go first, and what has ended counts no more."""
+    here = Process(store.records)
+
+    async def keep(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            async with here.outcomes.claimed(f"idempotency/{number}", BODY) as claim:
+                assert isinstance(claim, Claim)
+                await here.outcomes.keep(claim, outcome_of(claim, b"x" * 850))
+        await here.outcomes.make_room()
+
+    async def there_are(last: int) -> list[int]:
+        return [i for i in range(last) if await store.records.get(f"idempotency/{i}") is not None]
+
+    await keep(0, 12)
+    assert await there_are(12) == list(range(2, 12))
+    assert here.became == ["stored"] * 12 + ["evicted"] * 2
+    here.now_s += 86400
+    await store.pass_time(86400)
+    await keep(12, 10)
+    assert await there_are(22) == list(range(12, 22))
+    assert here.became.count("evicted") == 2
+
+
+async def test_room_is_made_for_what_another_owns_by_now(store: Store) -> None:
+    """An outcome that ended early, whose name somebody else has claimed since, is left alone."""
+    here, there = Process(store.records), Process(store.records)
+    async with here.outcomes.claimed(NAME, BODY) as claim:
+        assert isinstance(claim, Claim)
+        await here.outcomes.keep(claim, outcome_of(claim, b"x" * MOST_BYTES))
+    await store.pass_time(86400)
+    await there.begin()
+    await here.outcomes.make_room()
+    assert await there.ask() == "StillRunning"
 
 
 class Forgetful(MemoryRecords):
