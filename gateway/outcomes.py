@@ -11,7 +11,7 @@ import hashlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -179,14 +179,10 @@ class Outcomes:
                     await self._records.delete(oldest.name, expect=oldest.version)
 
     async def keep_up(self) -> None:
-        """Renew claims and make room, until cancelled."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            try:
-                await self.renew()
-                await self.make_room()
-            except Exception:  # a bug here must not end the requests that run
-                log.exception("renewing claims failed")
+        """Renew claims and make room, until cancelled; neither waits for the other."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_each_tick(self.renew))
+            tasks.create_task(_each_tick(self.make_room))
 
     async def _take(self, claim: Claim) -> Outcome | None:
         """Claim the name, or what is kept under it."""
@@ -254,3 +250,13 @@ class Outcomes:
                 return
             except RecordsUnreachable as exc:
                 log.warning("a claim could not be given back: it ends with its lease", extra={"reason": str(exc)})
+
+
+async def _each_tick(work: Callable[[], Awaitable[None]]) -> None:
+    """Again and again, until cancelled."""
+    while True:
+        await asyncio.sleep(TICK_S)
+        try:
+            await work()
+        except Exception:  # a bug here must not end the requests that run
+            log.exception("keeping up with claims and outcomes failed")
