@@ -60,7 +60,7 @@ class Capture:
                 await self._keep()
             await send(message)
             # What was cancelled while it waited for the client is not sent, and will come again.
-            if not is_last and self._claim.is_open:
+            if not is_last:
                 self._take(message)
 
         return forward

@@ -16,7 +16,9 @@ from budget.records.port import Records
 from budget.records.redis import RedisRecords
 from budget.records.sqlite import SqliteRecords
 from gateway.config import IdempotencyConfig
+from gateway.edge import Exchange, Message
 from gateway.errors import IdempotencyMismatch, StillRunning, StoreUnavailable
+from gateway.idempotency import Capture
 from gateway.outcomes import Claim, Outcome, Outcomes
 from tests.budget.records.stores import Clock, Store, by_clock, by_server
 
@@ -262,3 +264,69 @@ async def test_keeping_up_outlives_a_failure(forgetful: Forgetful, monkeypatch: 
             await asyncio.sleep(0)
         running.cancel()
     assert problems == []
+
+
+async def test_a_renewal_never_overwrites_an_outcome(forgetful: Forgetful) -> None:
+    """A renewal that waits for the end of its claim leaves what took its place alone."""
+    here = Process(forgetful)
+    claim = await here.begin()
+    here.now_s += LEASE_S
+    async with claim.lock, asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(here.outcomes.keep(claim, outcome_of(claim)))
+        # Both wait for the lock by now, the renewal behind the end, which it does not know of.
+        here.outcomes._running.add(claim)
+        await asyncio.sleep(0)
+        renewing = tasks.create_task(here.outcomes.renew())
+        await asyncio.sleep(0)
+        here.outcomes._running.discard(claim)
+        claim.lock.release()
+        await asyncio.wait([keeping, renewing])
+        await claim.lock.acquire()
+    assert await here.ask() == outcome_of(claim)
+
+
+class Wire:
+    """A server's side of an exchange: what it was given, and what the store had when the last part came."""
+
+    def __init__(self, process: Process) -> None:
+        self.transport = self
+        self.is_aborted = False
+        self.found: Outcome | str = ""
+        self._process = process
+
+    async def send(self, message: Message) -> None:
+        """See ASGI."""
+        if message["type"] == "http.response.body" and not message["more_body"]:
+            self.found = await self._process.ask()
+
+    def abort(self) -> None:
+        """As a transport."""
+        self.is_aborted = True
+
+
+async def receive() -> Message:
+    """No body."""
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def test_an_answer_is_kept_before_its_last_part_is_sent(forgetful: Forgetful) -> None:
+    """Whoever gets the last part, or just misses it, can ask again: the outcome is in the store by then."""
+    here = Process(forgetful)
+    wire = Wire(Process(forgetful))
+    exchange = Exchange({"headers": []}, receive, wire.send)
+    async with here.outcomes.claimed(NAME, BODY) as claim:
+        assert isinstance(claim, Claim)
+        exchange.divert(Capture(here.outcomes, claim, 100).through)
+        await exchange.start(200, [(b"content-type", b"text/plain")])
+        await exchange.write(b"ans")
+        await exchange.write(b"wer", more=False)
+    assert wire.found == outcome_of(claim)
+
+
+async def test_a_captured_exchange_can_still_be_cut(forgetful: Forgetful) -> None:
+    """What passes through a capture does not hide the connection from who has to close it."""
+    wire = Wire(Process(forgetful))
+    exchange = Exchange({"headers": []}, receive, wire.send)
+    exchange.divert(Capture(Process(forgetful).outcomes, Claim(NAME, BODY), 100).through)
+    await exchange.cut()
+    assert wire.is_aborted
