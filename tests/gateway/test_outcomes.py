@@ -273,9 +273,8 @@ async def test_a_renewal_never_overwrites_an_outcome(forgetful: Forgetful) -> No
     here.now_s += LEASE_S
     async with claim.lock, asyncio.TaskGroup() as tasks:
         keeping = tasks.create_task(here.outcomes.keep(claim, outcome_of(claim)))
-        # Both wait for the lock by now, the renewal behind the end, which it does not know of.
-        here.outcomes._running.add(claim)
         await asyncio.sleep(0)
+        here.outcomes._running.add(claim)  # the renewal waits behind the end, but chose the claim before it
         renewing = tasks.create_task(here.outcomes.renew())
         await asyncio.sleep(0)
         here.outcomes._running.discard(claim)
