@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,22 @@ MOST_BYTES = 10_000
 NAME, BODY = "idempotency/17", b"{}"
 
 
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[ValkeyServer]:
+    """A server for this module."""
+    with ValkeyServer() as server:
+        yield server
+
+
 @pytest.fixture(params=["memory", "sqlite", "redis"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     """Empty records."""
     clock = Clock()
     if request.param == "redis":
-        with ValkeyServer() as server:
-            records = RedisRecords(server.connection_url)
-            yield Store("redis", records, by_server(records._redis))
-            await records.close()
+        records = RedisRecords(request.getfixturevalue("valkey").connection_url)
+        await records._redis.flushall()
+        yield Store("redis", records, by_server(records._redis))
+        await records.close()
         return
     kept = SqliteRecords(tmp_path / "records.db", clock=clock) if request.param == "sqlite" else None
     yield Store(request.param, kept or MemoryRecords(clock=clock), by_clock(clock))
