@@ -66,8 +66,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "sqlite":
         yield {"kind": "sqlite", "path": str(tmp_path / "thinkgate.db")}
     else:
-        with ValkeyServer() as server:
-            yield {"kind": "redis", "url": server.connection_url}
+        path = tmp_path / "socket"
+        with ValkeyServer(port=0, unix_socket_path=str(path)):
+            yield {"kind": "redis", "url": f"unix://{path}"}
 
 
 async def test_replicas_keep_one_promise(scripted: ScriptedBackend, store: Json) -> None:

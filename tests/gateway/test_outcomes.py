@@ -28,10 +28,11 @@ NAME, BODY = "idempotency/17", b"{}"
 
 
 @pytest.fixture(scope="module")
-def valkey() -> Iterator[ValkeyServer]:
-    """A server for this module."""
-    with ValkeyServer() as server:
-        yield server
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server for this module, on a socket: a free port may be taken by the time that it starts."""
+    path = tmp_path_factory.mktemp("valkey") / "socket"
+    with ValkeyServer(port=0, unix_socket_path=str(path)):
+        yield f"unix://{path}"
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
@@ -39,7 +40,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     """Empty records."""
     clock = Clock()
     if request.param == "redis":
-        records = RedisRecords(request.getfixturevalue("valkey").connection_url)
+        records = RedisRecords(request.getfixturevalue("valkey"))
         await records._redis.flushall()
         yield Store("redis", records, by_server(records._redis))
         await records.close()
