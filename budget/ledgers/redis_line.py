@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from budget.errors import StoreUnreachable
+from budget.redis_calls import cancellable
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -194,7 +195,8 @@ class Line:
         if isinstance(connection, Connection) and moved_to is not None:
             connection.host, connection.port = moved_to
         try:
-            await connection.connect()  # type: ignore[no-untyped-call]
+            with cancellable():
+                await connection.connect()  # type: ignore[no-untyped-call]
         except (RedisError, OSError) as exc:
             raise StoreUnreachable(str(exc)) from exc
         assert connection._writer is not None, "it is connected"

@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from budget.errors import Conflict, RecordsUnreachable
 from budget.records.port import Note, Record
+from budget.redis_calls import cancellable
 
 if TYPE_CHECKING:
     from redis.commands.core import AsyncScript
@@ -180,7 +181,8 @@ class RedisRecords:
 def _mapped() -> Iterator[None]:
     """Raises: RecordsUnreachable for whatever the client raises."""
     try:
-        yield
+        with cancellable():
+            yield
     except (RedisError, OSError, TimeoutError) as exc:
         raise RecordsUnreachable(str(exc).rstrip(".") or type(exc).__name__) from exc
 

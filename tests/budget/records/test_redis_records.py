@@ -57,6 +57,25 @@ async def test_forgotten_scripts_are_sent_again(records: RedisRecords) -> None:
     assert await records.delete("a") is True
 
 
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_cancelled_caller_ends(records: RedisRecords, turns: int) -> None:
+    """Whoever keeps asking ends when cancelled, in whatever turn of the loop it comes."""
+
+    async def keep_asking() -> None:
+        while True:
+            await records.revision()
+
+    await records.revision()  # connected
+    for _ in range(10):
+        task = asyncio.get_running_loop().create_task(keep_asking())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=5)
+        task.cancel()
+        assert done
+
+
 async def test_more_calls_than_connections_wait(records: RedisRecords) -> None:
     """Calls beyond the pool's connections wait for one instead of failing."""
     await asyncio.gather(*(records.append("log", b"x") for _ in range(500)))
