@@ -36,7 +36,7 @@ class Books:
 class CalendarAccount:
     """A limit per hour or longer, or on concurrency: books per window, which begin with the first hold in it."""
 
-    __slots__ = ("_present", "books", "limit", "unit")
+    __slots__ = ("__weakref__", "_present", "books", "limit", "unit")
 
     def __init__(self, limit: Limit, books: Iterable[Books] = ()) -> None:
         self.limit = limit
@@ -97,7 +97,7 @@ class RateAccount:
         rate: the limit of the last hold.
     """
 
-    __slots__ = ("_books", "level", "limit", "rate", "seen_s", "unit")
+    __slots__ = ("__weakref__", "_books", "level", "limit", "rate", "seen_s", "unit")
 
     def __init__(self, limit: Limit, level: float = 0.0, seen_s: float = 0.0) -> None:
         self.limit = self.rate = limit

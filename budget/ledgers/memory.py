@@ -11,6 +11,7 @@ import datetime as dt
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
+from weakref import WeakValueDictionary
 
 from budget.accounts import Account, Books, account_of, hold_in
 from budget.books import JUMP_BACK_S, KEPT_DAYS, tightest
@@ -89,6 +90,8 @@ class MemoryLedger:
         self.clock = clock
         self._accounts: dict[str, list[Account]] = {}
         self._known: dict[tuple[str, Unit, Window | None], Account] = {}
+        # Also those that only open holds know, so that a limit that comes back finds what they extend.
+        self._alive: WeakValueDictionary[tuple[str, Unit, Window | None], Account] = WeakValueDictionary()
         self._figures = Figures()
         self._holds = self._held_tokens = self._held_thinking = self._held_nano_usd = 0
         self._usage: dict[int, dict[tuple[tuple[str, ...], str], list[int]]] = {}
@@ -100,10 +103,11 @@ class MemoryLedger:
         self._known = {key: a for key, a in self._known.items() if key in wanted or not a.is_over(now_s - JUMP_BACK_S)}
         self._accounts = {}
         for key, limit in wanted.items():
-            account = self._known.get(key)
+            account = self._alive.get(key)
             if account is None:
-                account = self._known[key] = account_of(limit)
+                account = self._alive[key] = account_of(limit)
             account.limit = limit
+            self._known[key] = account
             self._accounts.setdefault(limit.scope, []).append(account)
 
     def hold(self, scopes: Sequence[str], ceiling: Amounts, *, mode: str = "") -> MemoryHold:

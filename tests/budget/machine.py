@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from budget.errors import HoldRefused, StoreUnreachable
 from budget.ledger import Amounts, Hold, Ledger, Limit, Unit, Window
-from tests.budget.model import DAY_S, PERIOD_S, Entry, Model, Page, Rate, began, counted, need_of
+from tests.budget.model import DAY_S, PERIOD_S, Entry, Model, Page, Rate, began, counted
 from tests.budget.places import MemoryPlace, Place
 from tests.budget.virtual import Fault, FaultyStore, VirtualLoop
 
@@ -283,12 +283,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if not self.is_steady:
             return
         for account in self.model.known.values():
-            unit, grants = account.limit.unit, [] if account.rate is None else account.rate.grants
+            moves = [] if account.rate is None else account.rate.moves
             per_s = account.limit.amount / PERIOD_S.get(account.limit.window or "", 1)
-            for first, (first_s, _) in enumerate(grants):
+            for first, (first_s, _) in enumerate(moves):
                 admitted = 0
-                for later_s, entry in grants[first:]:
-                    admitted += need_of(entry.settled, unit) - entry.debt(unit)
+                for later_s, change in moves[first:]:
+                    admitted += change
                     assert admitted <= account.limit.amount + per_s * (later_s - first_s) + 1e-6
 
     def check_remaining(self, hold: Hold, pages: Sequence[Page | Rate]) -> None:

@@ -100,13 +100,17 @@ class Page:
 
 @dataclass(eq=False)
 class Rate:
-    """One rate: a bucket whose level runs out."""
+    """One rate: a bucket whose level runs out.
+
+    Attributes:
+        moves: what was admitted, and given back (below 0), and when; not what was used without being held.
+    """
 
     account: Account
     level: Fraction = Fraction(0)
     seen_s: float = 0.0
     amount: int = 1
-    grants: list[tuple[float, Entry]] = field(default_factory=list)
+    moves: list[tuple[float, int]] = field(default_factory=list)
 
     def now(self, now_s: float) -> Fraction:
         """The level now; a clock that was set back takes the bucket along."""
@@ -124,11 +128,13 @@ class Rate:
     def hold(self, now_s: float, entry: Entry, need: int) -> None:
         """Into the bucket."""
         self.level, self.seen_s, self.amount = self.now(now_s) + need, now_s, self.account.limit.amount
+        self.moves.append((now_s, need))
 
     def end(self, now_s: float, entry: Entry, before: int, after: int) -> None:
         """What was not used is taken out again; where that is nothing, nobody looks."""
         if before != after or now_s < self.seen_s:
             self.level, self.seen_s = max(Fraction(0), self.now(now_s) + after - before), now_s
+            self.moves.append((now_s, min(0, after - before)))
 
     def counts(self) -> tuple[int, int, int]:
         """A rate has no books."""
@@ -199,8 +205,6 @@ class Model:
         self.entries.append(entry)
         for page in entry.pages:
             page.hold(now_s, entry, need_of(entry.ceiling, page.account.limit.unit))
-            if isinstance(page, Rate):
-                page.grants.append((now_s, entry))
 
     def extend(self, entry: Entry, more: Amounts, now_s: float) -> None:
         """A hold is larger now."""

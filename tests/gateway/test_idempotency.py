@@ -256,9 +256,8 @@ async def test_the_largest_answer_is_kept(scripted: ScriptedBackend) -> None:
     async with live(tree_of(scripted)) as gateway:
         same_id = {"x-request-id": "req-1"}
         size = len((await ask(gateway, STREAM, headers=same_id)).body)
-        base = gateway.gateway.serving.config.model_dump()
         for max_bytes, wanted in ((size - 1, "too_large"), (size, "stored")):
-            gateway.gateway.reload(Config.model_validate({**base, "idempotency": {"max_bytes": max_bytes}}))
+            gateway.gateway.reload(Config.model_validate(tree_of(scripted, idempotency={"max_bytes": max_bytes})))
             answer = await ask(gateway, STREAM, headers={"idempotency-key": wanted, **same_id})
             assert (len(answer.body), became(gateway, wanted)) == (size, 1)
 
