@@ -80,7 +80,11 @@ def rate_standing(limit: Limit, level: float, need: int = 0) -> Standing:
 
 
 def level_after_settling(level: float, held: int, used: int) -> float:
-    """The present level once a hold is replaced by its use; what has run out already is not given back."""
+    """The present level once a hold is replaced by its use: at least empty, so that nothing is saved up.
+
+    What was held and not used comes back also if it has run out meanwhile: admitted(t) counts from the beginning, and
+    a hold that took others' room for a while gives it to them later.
+    """
     return max(0.0, level + used - held)
 
 

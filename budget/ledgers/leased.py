@@ -104,7 +104,7 @@ class LeasedHold:
         assert self.state == "open", "only a hold that was taken can be extended"
         booking = msgspec.structs.replace(self.booking, ceiling=self.booking.ceiling.plus(more))
         if self.local is not None:
-            self.local.extend(more, {limit.unit for limit in booking.limits})
+            self.local.extend(more)
             self._standings = self.local.standings
         else:
             self._standings = await self._ledger.extend(booking, more)
@@ -354,6 +354,8 @@ class LeasedLedger:
 
     async def _enter(self, hold: LeasedHold) -> None:
         local, hold.local = hold.local, None  # from now on it is the store's
+        if local is not None:
+            local.is_told = True
         try:
             await self._store.take(hold.booking, self._lease_s, is_certain=True)
         except HoldEnded:
@@ -365,8 +367,7 @@ class LeasedLedger:
     async def _recover(self) -> None:
         """Tell a store that is back what it missed; then slices are given back."""
         delivered = 0
-        if self.is_lost:
-            await self._store.report([], self._lease_s)  # is anybody there?
+        await self._store.report([], self._lease_s)  # is anybody there?
         while self._outbox.has_kept() or any(hold.local for hold in self.open.values()):  # more may come meanwhile
             delivered += await self._outbox.deliver()
             for hold in [hold for hold in self.open.values() if hold.local]:

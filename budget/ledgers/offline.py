@@ -66,28 +66,42 @@ class Slice:
 class OfflineHold:
     """A hold that was granted out of slices.
 
+    Args:
+        slices: of its limits.
+        without: units of those of its limits that have no slice.
+        ceiling: what to hold; nothing in those units.
+
     Attributes:
         standings: of the slices, as it left them.
+        is_told: the store may know of it, as it was then; so it grows no more.
     """
 
-    __slots__ = ("_ceiling", "_monotonic", "_pages", "_slices", "standings")
+    __slots__ = ("_ceiling", "_monotonic", "_pages", "_slices", "_without", "is_told", "standings")
 
-    def __init__(self, slices: Sequence[Slice], ceiling: Amounts, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        without: Collection[Unit],
+        ceiling: Amounts,
+        monotonic: Callable[[], float],
+    ) -> None:
         """Raises: StoreUnreachable when there is not enough left."""
         self._slices = slices
+        self._without = without
         self._monotonic = monotonic
         self._pages: list[Books] = []
         self._ceiling = ceiling
+        self.is_told = False
         self.standings: list[Standing] = []
         now_s = monotonic()
         self._pages = [part.account.turn(now_s) for part in slices]
         self._hold(ceiling.by_unit(), now_s)
 
-    def extend(self, more: Amounts, units: Collection[Unit]) -> None:
-        """Hold more; `units` are those in which it is limited. Raises: StoreUnreachable; then it is as it was."""
+    def extend(self, more: Amounts) -> None:
+        """Hold more. Raises: StoreUnreachable; then it is as it was."""
         need, now_s = more.by_unit(requests=0), self._monotonic()
-        sliced = {part.limit.unit for part in self._slices if part.until_s() > now_s}
-        if any(need[unit] for unit in units if unit not in sliced):
+        over = {part.limit.unit for part in self._slices if part.until_s() <= now_s}
+        if self.is_told or any(need[unit] for unit in over.union(self._without)):
             raise StoreUnreachable(SPENT)
         self._hold(need, now_s)
         self._ceiling = self._ceiling.plus(more)
@@ -236,7 +250,7 @@ class Offline:
         Raises: StoreUnreachable when they do not have it.
         """
         now_s, need = self._monotonic(), booking.ceiling.by_unit()
-        slices, hold_ids = [], []
+        slices, hold_ids, without = [], [], set()
         for limit in booking.limits:
             part = self._of(limit)
             if part is not None and part.until_s() > now_s:
@@ -246,7 +260,8 @@ class Offline:
                 raise StoreUnreachable(SPENT)
             else:
                 hold_ids.append("")
-        hold = OfflineHold(slices, booking.ceiling, self._monotonic)
+                without.add(limit.unit)
+        hold = OfflineHold(slices, without, booking.ceiling, self._monotonic)
         self.granted += 1
         return replace(booking, hold_id=f"{booking.hold_id}o", slices=tuple(hold_ids)), hold
 

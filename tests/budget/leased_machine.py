@@ -38,6 +38,16 @@ class LeasedMachine(LedgerMachine):
         store = FaultyStore(self.place.store())
         return Process(self.place.ledger(*self.limits, store=store), store)
 
+    @precondition(lambda self: self.any_open())
+    @rule(pick=PICK, used=AMOUNTS)
+    def report(self, pick: int, used: Amounts) -> None:
+        """As its base, but within the hold: a sweep settles several holds at once, in no certain order.
+
+        A rate that one of them gives back to, and another overruns, would be full or not by that order.
+        """
+        _, mine = self.pick_open(pick)
+        super().report(pick, used.beyond(used.beyond(mine.ceiling)))
+
     @rule(pick=PICK, fault=FAULT)
     def lose_one(self, pick: int, fault: Fault) -> None:
         """The next call of a process to its store, or the answer, gets lost."""
@@ -75,7 +85,7 @@ class LeasedMachine(LedgerMachine):
         self, process: Process, faults: list[Fault | None], always: Fault | None, *, is_lost: bool
     ) -> int | None:
         """What a beat says until something gets lost; None then, else how many holds it swept."""
-        calls = ["ping"] * is_lost + ["deliver"] * bool(process.pending)
+        calls = ["ping"] * (is_lost or bool(process.pending)) + ["deliver"] * bool(process.pending)
         calls += ["report"] * bool(process.open) + ["sweep"]
         swept = 0
         for call in calls:

@@ -190,7 +190,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pick=PICK, used=AMOUNTS)
     def report(self, pick: int, used: Amounts) -> None:
         """A stream says what it used so far, now and then more than was held."""
-        _, mine = self.pick_open(pick)
+        self.say(self.pick_open(pick)[1], used)
+
+    def say(self, mine: Mine, used: Amounts) -> None:
+        """Report."""
         mine.hold.report(used)
         mine.used = used
 
@@ -225,7 +228,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def end(self, pick: int, used: Amounts | None, how: type[BaseException] | None) -> None:
         """A request ends, is cancelled or fails, after a last report or without; no error is swallowed."""
         if used is not None:
-            self.report(pick, used)
+            self.say(self.pick_open(pick)[1], used)
         self.finish(*self.pick_open(pick), how)
 
     def finish(self, process: Process, mine: Mine, how: type[BaseException] | None = None) -> None:

@@ -91,23 +91,26 @@ async def test_a_report_renews_the_lease(shared: LeasedPlace) -> None:
         assert await in_books(shared) == (0, 10, 0)
 
 
-@pytest.mark.parametrize(("used", "settled", "debt"), [(9, 9, 5), (4, 4, 0), (1, 1, 0), (12, 12, 8)])
+@pytest.mark.parametrize(
+    ("told", "used", "debt"),
+    [(4, 9, 5), (4, 4, 0), (4, 1, 0), (4, 12, 8), (13, 15, 5), (13, 13, 3), (13, 11, 1), (13, 7, 0)],
+)
 async def test_a_process_that_was_only_paused_corrects_what_was_swept(
-    shared: LeasedPlace, used: int, settled: int, debt: int
+    shared: LeasedPlace, told: int, used: int, debt: int
 ) -> None:
     """Its own settlement replaces the sweep's, exactly; what it used while nothing was held is debt."""
     paused, other = shared.ledger(tokens(100, "day")), shared.ledger()
     async with paused.hold(["key:a"], TEN) as hold:
-        hold.report(Amounts(tokens=4))
+        hold.report(Amounts(tokens=told))
         await paused.beat()
         shared.clock.now += shared.lease_s
         await other.beat()
         await paused.beat()
-        assert await in_books(shared) == (4, 0, 0)
+        assert await in_books(shared) == (told, 0, max(0, told - 10))
         hold.report(Amounts(tokens=used))
-    assert await in_books(shared) == (settled, 0, debt)
+    assert await in_books(shared) == (used, 0, debt)
     (row,) = await other.usage(NOON.date(), NOON.date())
-    assert (row.requests, row.tokens) == (1, settled)
+    assert (row.requests, row.tokens) == (1, used)
 
 
 async def test_a_swept_hold_cannot_be_extended(shared: LeasedPlace) -> None:

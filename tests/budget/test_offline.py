@@ -221,6 +221,28 @@ def test_a_return_that_breaks_off_is_told_again(tmp_path: Path, fault: Fault) ->
     tell(tmp_path, story)
 
 
+def test_a_hold_that_the_store_may_know_of_grows_only_there(tmp_path: Path) -> None:
+    """When the answer to its entry got lost, a hold grows no more before the next one."""
+
+    async def story(replicas: Replicas) -> None:
+        ledger = await replicas.warm(tokens(100, "day"))
+        await replicas.lose(ledger)
+        hold = await taken(ledger)
+        store = replicas.stores[-1]
+        store.always = None
+        store.faults.extend([None, None, "after"])
+        await ledger.beat()
+        assert not ledger.figures().is_reachable
+        with pytest.raises(StoreUnreachable):
+            await hold.extend(Amounts(tokens=5))
+        await ledger.beat(sweeps=False)
+        await hold.extend(Amounts(tokens=5))
+        await ended(hold, 15)
+        assert await replicas.in_books() == (15, 0, 0)
+
+    tell(tmp_path, story)
+
+
 def test_shares_of_several_replicas_never_add_up_to_more_than_the_limit(tmp_path: Path) -> None:
     """While two replicas spend offline, a third gets what nobody set aside; afterwards the limit is just used up."""
 
@@ -384,6 +406,19 @@ def test_a_slice_in_doubt_is_released(tmp_path: Path) -> None:
         replicas.clock.now += 61
         await ledger.beat()
         assert await replicas.in_books() == (0, 20, 0)
+
+    tell(tmp_path, story)
+
+
+def test_a_hold_of_nothing_does_not_grow_into_what_was_not_leased(tmp_path: Path) -> None:
+    """Of two limits on tokens one has no slice: a hold of no tokens is granted, and not extended."""
+
+    async def story(replicas: Replicas) -> None:
+        ledger = await replicas.warm(tokens(100, "day"), tokens(4, "hour"))
+        await replicas.lose(ledger)
+        hold = await taken(ledger, Amounts())
+        with pytest.raises(StoreUnreachable):
+            await hold.extend(Amounts(tokens=1))
 
     tell(tmp_path, story)
 
