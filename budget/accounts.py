@@ -15,10 +15,12 @@ from budget.books import (
     level_now,
     present_window,
     rate_free,
+    rate_reset_s,
     rate_standing,
     refusal,
     window_end,
 )
+from budget.errors import HoldRefused
 from budget.ledger import Limit, Standing, Unit
 
 
@@ -59,7 +61,11 @@ class CalendarAccount:
 
     def standing(self, books: Books, now_s: float, need: int = 0) -> Standing:
         """What is left, and until when."""
-        return Standing(self.limit, self.free(books, now_s), books.settled, max(0.0, books.end_s - now_s))
+        return Standing(self.limit, self.free(books, now_s), books.settled, self.reset_s(books, now_s))
+
+    def reset_s(self, books: Books, now_s: float) -> float:
+        """Until the window ends."""
+        return books.end_s - now_s if books.end_s > now_s else 0.0
 
     def take(self, books: Books, now_s: float, need: int) -> None:
         """Hold."""
@@ -117,6 +123,10 @@ class RateAccount:
         """What is left, and until when."""
         return rate_standing(self.limit, self._now(now_s), need)
 
+    def reset_s(self, books: Books, now_s: float) -> float:
+        """Until the bucket is empty."""
+        return rate_reset_s(self.limit, self._now(now_s))
+
     def take(self, books: Books, now_s: float, need: int) -> None:
         """Hold."""
         self.level, self.seen_s, self.rate = self._now(now_s) + need, now_s, self.limit
@@ -153,14 +163,21 @@ def hold_in(accounts: Sequence[Account], books: Sequence[Books], need: Mapping[U
 
     Raises: HoldRefused for the tightest account that is short.
     """
-    short: Standing | None = None
     for account, page in zip(accounts, books, strict=True):
-        wanted = need[account.unit]
-        if wanted and wanted > account.free(page, now_s):
-            standing = account.standing(page, now_s, wanted)
-            if short is None or standing.tightness() < short.tightness():
-                short = standing
-    if short is not None:
-        raise refusal(short, need[short.limit.unit])
+        if (wanted := need[account.unit]) and wanted > account.free(page, now_s):
+            raise _refusal(accounts, books, need, now_s)
     for account, page in zip(accounts, books, strict=True):
         account.take(page, now_s, need[account.unit])
+
+
+def _refusal(
+    accounts: Sequence[Account], books: Sequence[Books], need: Mapping[Unit, int], now_s: float
+) -> HoldRefused:
+    """For the tightest account that is short."""
+    short = [
+        account.standing(page, now_s, need[account.unit])
+        for account, page in zip(accounts, books, strict=True)
+        if need[account.unit] and need[account.unit] > account.free(page, now_s)
+    ]
+    tightest = min(short, key=Standing.tightness)
+    return refusal(tightest, need[tightest.limit.unit])

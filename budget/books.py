@@ -21,7 +21,7 @@ from budget.errors import HoldRefused, Refusal
 from budget.ledger import Limit, Standing, Unit, Window
 from budget.price import NANO_PER_USD
 
-FIXED_S: dict[Window, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+FIXED_S: dict[Window | None, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 RATES: frozenset[Window | None] = frozenset({"second", "minute"})
 RETRY_S = 1.0  # for what others hold: nobody knows when they end
 JUMP_BACK_S = 86400  # a clock set back by up to this frees nothing; one that was further ahead was wrong
@@ -60,7 +60,10 @@ def present_window(window: Window | None, now_s: float, starts: Iterable[int]) -
 
 def level_now(limit: Limit, level: float, seen_s: float, now_s: float) -> float:
     """What of a rate's `level`, as of `seen_s`, has not run out; all of it if the clock was set back since then."""
-    return max(0.0, level - max(0.0, now_s - seen_s) / _amount_s(limit))
+    if now_s > seen_s:
+        level -= (now_s - seen_s) * limit.amount / FIXED_S[limit.window]
+        return level if level > 0.0 else 0.0
+    return level
 
 
 def rate_free(limit: Limit, level: float) -> int:
@@ -74,9 +77,14 @@ def rate_standing(limit: Limit, level: float, need: int = 0) -> Standing:
         limit,
         free=rate_free(limit, level),
         settled=0,
-        reset_s=level * _amount_s(limit),
-        wait_s=max(0.0, (level + need - limit.amount) * _amount_s(limit)),
+        reset_s=rate_reset_s(limit, level),
+        wait_s=max(0.0, rate_reset_s(limit, level + need - limit.amount)),
     )
+
+
+def rate_reset_s(limit: Limit, level: float) -> float:
+    """Seconds that a level takes to run out."""
+    return level * FIXED_S[limit.window] / limit.amount
 
 
 def level_after_settling(level: float, held: int, used: int) -> float:
@@ -85,13 +93,8 @@ def level_after_settling(level: float, held: int, used: int) -> float:
     What was held and not used comes back also if it has run out meanwhile: admitted(t) counts from the beginning, and
     a hold that took others' room for a while gives it to them later.
     """
-    return max(0.0, level + used - held)
-
-
-def _amount_s(limit: Limit) -> float:
-    """Seconds that one unit of a rate takes to run out."""
-    assert limit.window is not None
-    return FIXED_S[limit.window] / limit.amount
+    level += used - held
+    return level if level > 0.0 else 0.0
 
 
 def refusal(short: Standing, need: int) -> HoldRefused:

@@ -68,14 +68,17 @@ class MemoryHold:
 
     def remaining(self, unit: Unit) -> Remaining | None:
         """The tightest limit of `unit` over the hold's scopes."""
-        least: Standing | None = None
-        now_s = self._ledger.clock()
+        tightest: Account | None = None
+        least, reset_s, now_s = 0, 0.0, self._ledger.clock()
         for account in self._accounts:
             if account.unit == unit:
-                standing = account.standing(account.turn(now_s), now_s)
-                if least is None or standing.free < least.free:
-                    least = standing
-        return None if least is None else least.remaining()
+                page = account.turn(now_s)
+                free = account.free(page, now_s)
+                if tightest is None or free < least:
+                    tightest, least, reset_s = account, free, account.reset_s(page, now_s)
+        if tightest is None:
+            return None
+        return Remaining(limit=tightest.limit.amount, remaining=least if least > 0 else 0, reset_s=reset_s)
 
     def standings(self) -> list[Standing]:
         """All limits over the hold's scopes, as they are now."""
