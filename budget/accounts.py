@@ -53,7 +53,11 @@ class CalendarAccount:
             return present
         window = self.limit.window
         start_s = present_window(window, now_s, self.books)
-        return self.books.get(start_s) or Books(start_s, window_end(window, start_s))
+        found = self.books.get(start_s)
+        if found is None:
+            return Books(start_s, window_end(window, start_s))
+        self._present = found
+        return found
 
     def free(self, books: Books, now_s: float) -> int:
         """Room for another hold; debt gives none, so an overrun is paid back by later requests."""
@@ -70,7 +74,7 @@ class CalendarAccount:
     def take(self, books: Books, now_s: float, need: int) -> None:
         """Hold."""
         books.held += need
-        if books.start_s not in self.books:
+        if books is not self._present and books.start_s not in self.books:
             self.books[books.start_s] = self._present = books
             for old in sorted(self.books)[:-KEPT_WINDOWS]:
                 if not self.books[old].held and old != books.start_s:
@@ -129,12 +133,12 @@ class RateAccount:
 
     def take(self, books: Books, now_s: float, need: int) -> None:
         """Hold."""
-        self.level, self.seen_s, self.rate = self._now(now_s) + need, now_s, self.limit
+        self.level, self.rate = self._now(now_s) + need, self.limit
 
     def settle(self, books: Books, now_s: float, held: int, used: int) -> None:
         """Replace a hold by its use."""
         if held != used or now_s < self.seen_s:
-            self.level, self.seen_s = level_after_settling(self._now(now_s), held, used), now_s
+            self.level = level_after_settling(self._now(now_s), held, used)
 
     def correct(self, books: Books, now_s: float, held: int, swept: int, used: int) -> None:
         """Replace what a sweep settled by its use."""
@@ -146,8 +150,9 @@ class RateAccount:
 
     def _now(self, now_s: float) -> float:
         """The level; whoever looks after the clock was set back takes the bucket along."""
-        self.seen_s = min(self.seen_s, now_s)
-        return level_now(self.rate, self.level, self.seen_s, now_s)
+        if now_s != self.seen_s:
+            self.level, self.seen_s = level_now(self.rate, self.level, self.seen_s, now_s), now_s
+        return self.level
 
 
 Account = CalendarAccount | RateAccount
@@ -163,10 +168,11 @@ def hold_in(accounts: Sequence[Account], books: Sequence[Books], need: Mapping[U
 
     Raises: HoldRefused for the tightest account that is short.
     """
-    for account, page in zip(accounts, books, strict=True):
+    pages = list(zip(accounts, books, strict=True))
+    for account, page in pages:
         if (wanted := need[account.unit]) and wanted > account.free(page, now_s):
             raise _refusal(accounts, books, need, now_s)
-    for account, page in zip(accounts, books, strict=True):
+    for account, page in pages:
         account.take(page, now_s, need[account.unit])
 
 

@@ -44,7 +44,7 @@ class RefundsTwice(MemoryLedger):
 class SkipsAScope(MemoryLedger):
     """Holds nothing in the widest scope."""
 
-    def accounts(self, scopes: Sequence[str]) -> list[Account]:
+    def accounts(self, scopes: Sequence[str]) -> Sequence[Account]:
         return super().accounts(scopes[:2])
 
 
