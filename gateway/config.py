@@ -307,8 +307,6 @@ class Config(Section):
         ]
         if self.server.workers > 1 and self.store.kind == "memory":
             problems.append("server.workers: above 1 needs a shared store; the memory store belongs to one process")
-        elif self.server.workers > 1:
-            problems.append("server.workers: above 1 is not built yet: start several gateways on one store")
         if self.server.workers > 1 and embedded:
             problems.append(f"server.workers: above 1 would load the embedded engine of {embedded[0]} several times")
         metrics = self.server.metrics

@@ -7,6 +7,7 @@ kinds: never a key, a tenant or a prompt. O(1) per request.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from budget.ledger import Figures
 
@@ -71,7 +73,7 @@ class HistogramCells:
         """As Prometheus sees it."""
         name, text, names = self.family
         family = HistogramMetricFamily(name, text, labels=names)
-        bounds = [*(f"{bound:g}" for bound in self._buckets), "+Inf"]
+        bounds = [floatToGoString(bound) for bound in (*self._buckets, math.inf)]
         for labels, cell in list(self.cells.items()):
             running, buckets = 0.0, []
             for bound, count in zip(bounds, cell[:-1], strict=True):

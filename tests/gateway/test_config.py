@@ -287,10 +287,11 @@ def test_a_store_in_a_file_has_defaults() -> None:
     assert (store.path, store.synchronous, store.lease_s, store.timeout_s) == ("thinkgate.db", "normal", 10, 1)
 
 
-def test_several_workers_are_refused_also_with_a_shared_store() -> None:
-    """A number of workers that would have no effect stops the start."""
-    (line,) = problems(("server.workers", 2), ("store", {"kind": "sqlite"}))
-    assert line.startswith("server.workers: above 1 is not built yet")
+def test_several_workers_need_a_store_that_they_share() -> None:
+    """A store in memory belongs to one process; with any other, several may serve."""
+    (line,) = problems(("server.workers", 2))
+    assert line.startswith("server.workers: above 1 needs a shared store")
+    assert problems(("server.workers", 2), ("store", {"kind": "sqlite"})) == []
 
 
 def test_workers_would_load_the_embedded_engine_several_times() -> None:

@@ -27,9 +27,9 @@ START_S, END_S = 40, 15
 
 
 @asynccontextmanager
-async def process(tree: Json, folder: Path) -> AsyncIterator[tuple[Child, int]]:
+async def process(tree: Json, folder: Path, *, port: int | None = None) -> AsyncIterator[tuple[Child, int]]:
     """`thinkgate serve` with this configuration, once it is ready; its port stands on the command line only."""
-    path, port = folder / "thinkgate.yaml", free_port()
+    path, port = folder / "thinkgate.yaml", port or free_port()
     path.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "gateway.cli", "serve", "--config", str(path), "--port", str(port)]
     with running(command, folder / "gateway.log", os.environ) as child:
