@@ -9,6 +9,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
+# Where it is set, every process that a test starts compiles all it imports: half a minute for the unit tests alone.
+export PYTHONDONTWRITEBYTECODE :=
 
 VENV    := .venv
 PY      := $(VENV)/bin/python

@@ -57,6 +57,7 @@ def test_a_shared_ledger_agrees_with_its_definition(kind: str) -> None:
     run_state_machine_as_test(machine, settings=steps(800))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("mutant", IN_MEMORY)
 def test_the_machine_catches_a_ledger_that_cheats(mutant: type[MemoryLedger]) -> None:
     """The machine above can fail: every ledger with one rule broken is found out."""
@@ -66,6 +67,7 @@ def test_the_machine_catches_a_ledger_that_cheats(mutant: type[MemoryLedger]) ->
         run_state_machine_as_test(machine, settings=FIND)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("mutant", IN_SQLITE)
 def test_the_machine_catches_a_store_that_cheats(mutant: type[SqliteStore]) -> None:
     """So is every store with one rule of leases and lost answers broken."""
