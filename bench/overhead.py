@@ -90,8 +90,14 @@ def collect(runs: Runs) -> dict[str, Any]:
     def ratio_to(peer: str, scenario: str = "ns32", key: str = "us_per_request") -> float | None:
         return figures.ratio(figure(scenario, key), figure(scenario, key, peer))
 
+    def extra(target: str) -> float | None:
+        ours, other = figure("ns32", "us_per_request"), figure("ns32", "us_per_request", target)
+        return None if ours is None or other is None else figures.rounded(other - ours, 1)
+
     return {
         "us_per_request": figure("ns32", "us_per_request"),
+        "extra_us_per_request_sqlite": extra("thinkgate-sqlite"),
+        "extra_us_per_request_valkey": extra("thinkgate-valkey"),
         "us_per_token": figure("gap200", "us_per_token"),
         "us_per_capped_token": figure("capped_gap200", "us_per_token"),
         "us_per_capped_request": figure("cap32", "us_per_request"),

@@ -5,6 +5,7 @@ Owns: reading peers.toml, filling in its placeholders, starting and stopping.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench import accounting
+from bench import accounting, stores
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -68,6 +69,7 @@ class Peer:
     headers: tuple[str, ...] = ()
     cwd: str | None = None
     dist: str | None = None
+    store: stores.Kind = "memory"
     version: tuple[str, ...] = ()
     default: bool = True
     is_slow: bool = False
@@ -98,6 +100,8 @@ class Target:
         self.port = accounting.free_port(peer.port)
         self.metrics_port = accounting.free_port(peer.port + 20_000)
         self.process: subprocess.Popen[bytes] | None = None
+        self._store = contextlib.ExitStack()
+        self._store_address = ""
         self.start_s: float | None = None
         self.idle_mb: float | None = None
         self.peak_mb = 0.0
@@ -123,6 +127,7 @@ class Target:
             "up": self.place.upstream_port,
             "port": self.port,
             "metrics": self.metrics_port,
+            "store": stores.section(self.peer.store, self._store_address),
             "here": HERE,
             "root": ROOT,
             "tmp": self.place.scratch,
@@ -154,6 +159,7 @@ class Target:
         """
         if not self.is_installed():
             raise TargetError("not installed (bench/setup_peers.sh installs peers)")
+        self._start_store()
         began_s = time.monotonic()
         self._launch()
         while problem := self._is_not_up(body):
@@ -167,6 +173,15 @@ class Target:
         self.start_s = time.monotonic() - began_s
         time.sleep(0.5)
         self.idle_mb = accounting.memory_mb(self.pids())
+
+    def _start_store(self) -> None:
+        """Its server, if it is one, runs beside the clients: what it costs is not the gateway's."""
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {self.cores.clients})
+        try:
+            self._store_address = self._store.enter_context(stores.fresh(self.peer.store))
+        finally:
+            os.sched_setaffinity(0, before)
 
     def _launch(self) -> None:
         command = ["taskset", "-c", str(self.cores.gateway), *(self.fill(part) for part in self.peer.cmd)]
@@ -205,6 +220,12 @@ class Target:
 
     def stop(self) -> None:
         """End it and everything it started; first politely."""
+        try:
+            self._stop_processes()
+        finally:
+            self._store.close()
+
+    def _stop_processes(self) -> None:
         if self.process is None:
             return
         pids = self.pids()
