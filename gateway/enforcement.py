@@ -81,10 +81,11 @@ def _last_resort(found: Capabilities, needs: Needs, policy: Policy, kind: str) -
 def instant_enforcement(found: Capabilities, needs: Needs) -> How:
     """How thinking is kept out of instant mode: by the template's switch, else by a prefilled empty chain.
 
-    A model that does not think by itself needs neither; and in the middle of a message no chain can be put.
+    A model that does not think by itself needs neither; and in the middle of a message no chain can be put. An envelope
+    is kept exactly only where the prompt is counted before it is paid for.
     """
-    can_chain = needs.is_chat and found.forcing is not None and not needs.has_media
-    if can_chain and not found.instant_is_quiet and needs.is_native and not needs.continues:
+    can_chain = needs.is_chat and found.forcing is not None and not needs.has_media and not needs.continues
+    if can_chain and (needs.has_envelope or (not found.instant_is_quiet and needs.is_native)):
         return "two_phase"
     return "native" if found.cap_binds else "switch"
 

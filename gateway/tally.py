@@ -34,6 +34,7 @@ class Tally:
         is_guess: some tokens were guessed.
         probe: tokens by which a backend was made to check the request, in and out.
         most_thinking: thinking tokens of the choice that thought most.
+        wasted_thinking: those of `wasted` that the backend calls thinking.
         capped: the cap ended the thinking of some choice.
         asides: of the calls that the gateway makes on the request's behalf; they are in no other attribute.
     """
@@ -56,6 +57,7 @@ class Tally:
         "thinking_by_choice",
         "usage",
         "wasted",
+        "wasted_thinking",
     )
 
     def __init__(
@@ -71,6 +73,7 @@ class Tally:
         self._most_output = most_output
         self._likely_prompt = likely_prompt
         self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = self.probe = 0
+        self.wasted_thinking = 0
         self.thinking_by_choice: dict[int, int] = {}
         self.capped = self.has_ids = self.is_guess = False
         self.usage: Usage | None = None
@@ -127,6 +130,7 @@ class Tally:
         """Move a counted delta's tokens to `wasted`: it reaches no client."""
         if delta.thinking:
             self.thinking -= delta.thinking
+            self.wasted_thinking += delta.thinking
             self.thinking_by_choice[delta.index] -= delta.thinking
         self.answer -= delta.answer
         self.injected -= delta.injected
@@ -203,7 +207,7 @@ class Tally:
         if self.has_ids:
             return min(self.thinking, total), min(self.injected, max(0, total - self.thinking))
         if usage.reasoning_tokens is not None and (usage.reasoning_tokens or not self.thinking):
-            return min(usage.reasoning_tokens, total), 0
+            return min(max(0, usage.reasoning_tokens - self.wasted_thinking), total), 0
         seen = self.thinking + self.answer + self.injected
         if not seen:
             return 0, 0

@@ -24,6 +24,9 @@ TAIL_TOKENS = 3
 _TAIL_BYTES = 60
 
 
+BYTE_ORDER_MARK = "\ufeff".encode()  # may stand at the beginning of a stream of events
+
+
 class EventSplitter:
     """Cuts a byte stream into event payloads; a payload is what stands after `data: `."""
 
@@ -65,7 +68,8 @@ class EventSplitter:
 def _payload(event: bytes) -> bytes:
     if event.startswith(b"data: ") and b"\n" not in event:
         return event[6:]
-    lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+    lines = event.removeprefix(BYTE_ORDER_MARK).split(b"\n")
+    lines = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
     return b"\n".join(lines)
 
 

@@ -97,10 +97,10 @@ class AnswerFilter:
         end: closing marker.
     """
 
-    __slots__ = ("_end", "_held", "_is_inside", "_start")
+    __slots__ = ("_end", "_held", "_is_inside", "start")
 
     def __init__(self, start: str, end: str) -> None:
-        self._start, self._end = start, end
+        self.start, self._end = start, end
         self._held = ""
         self._is_inside = False
 
@@ -114,7 +114,7 @@ class AnswerFilter:
         text, shown = self._held + text, []
         self._held = ""
         while text:
-            marker = self._end if self._is_inside else self._start
+            marker = self._end if self._is_inside else self.start
             before, found, after = text.partition(marker)
             if found:
                 shown.append("" if self._is_inside else before)

@@ -28,6 +28,7 @@ from gateway.backends.events import (
     with_legal_finish,
 )
 from gateway.backends.markers import MarkerSplitter, Piece
+from gateway.backends.mixed import cut
 from gateway.backends.port import Call, Delta, Kind, Usage
 from gateway.backends.shape import Shape, learn
 
@@ -82,6 +83,7 @@ class StreamReader:
         self._prompt_tail: list[int] = []
         self._prompt_tokens = 0
         self._shapes: dict[int, Shape] = {}
+        self._thinking_field = "reasoning"
         self.is_done = False
         self.usage: Usage | None = None
 
@@ -149,8 +151,7 @@ class StreamReader:
         if state.splitter is None and choice.finish_reason is None and self._ordinary(state, choice, wire, out):
             return
         body = choice.delta or DeltaBody(content=choice.text)
-        thinking_text = body.reasoning or body.reasoning_content or ""
-        answer_text = body.content or ""
+        thinking_text, answer_text = self._texts(body)
         was_open = state.meter is not None and state.meter.is_open
         capped_before = state.meter is not None and state.meter.capped
         split = self._count(state, choice, thinking_text, answer_text)
@@ -180,14 +181,18 @@ class StreamReader:
         if state.splitter is not None and choice.delta is not None:
             self._split_inline(chunk, state, state.splitter, delta, body.role, out)
         elif thinking_text and (answer_text or body.tool_calls is not None):
-            first = self._before_marker(delta, thinking_text)
-            first.wire = self._rebuild(chunk, first, {"reasoning": thinking_text})
-            delta.kind, delta.text = Kind.ANSWER, answer_text
-            delta.wire = self._rebuild(chunk, delta, _fields(None, "content", answer_text))
-            out += [first, delta]
+            for part in cut(delta, thinking_text, answer_text, self._markers, was_open=was_open):
+                part.wire = self._rebuild(chunk, part, _fields(None, self._field(part.kind), part.text))
+                out.append(part)
         else:
             self._settle_kind(chunk, delta, split, was_open, role=body.role)
             out.append(delta)
+
+    def _texts(self, body: DeltaBody) -> tuple[str, str]:
+        """Thinking and answer as the backend's fields have them."""
+        if body.reasoning_content and not body.reasoning:
+            self._thinking_field = "reasoning_content"
+        return body.reasoning or body.reasoning_content or "", body.content or ""
 
     def _ordinary(self, state: _Choice, choice: ChoiceBody, wire: bytes, out: list[Delta]) -> bool:
         """One token that is no marker, its text in the field it belongs to: further ones need no decoding."""
@@ -215,8 +220,7 @@ class StreamReader:
             delta.wire = b""
             return
         if not delta.wire and self._call.surface == "chat":
-            field = "reasoning" if delta.kind is Kind.THINKING else "content"
-            delta.wire = self._rebuild(chunk, delta, _fields(role, field, delta.text))
+            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
         if not delta.text or split.injected or not delta.token_ids:
             return
         if delta.kind is Kind.THINKING and split.answer and not split.thinking and not was_open:
@@ -224,7 +228,7 @@ class StreamReader:
             delta.wire = self._rebuild(chunk, delta, _fields(role, "content", delta.text))
         elif delta.kind is Kind.ANSWER and split.thinking and not split.answer and self._call.surface == "chat":
             delta.kind = Kind.THINKING
-            delta.wire = self._rebuild(chunk, delta, _fields(role, "reasoning", delta.text))
+            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
 
     def _split_inline(
         self,
@@ -242,33 +246,22 @@ class StreamReader:
             pieces += splitter.finish()
         if state.meter is None:
             _count_inline(state, splitter, delta, pieces)
-        visible = [(kind, text) for kind, text in pieces if kind is not Kind.INJECTED]
-        if delta.tool_calls is not None and visible and visible[-1][0] is Kind.THINKING:
-            visible.append((Kind.ANSWER, ""))  # calls are no thinking
-        for kind, text in visible[:-1]:
-            early = Delta(index=delta.index, text=text) if kind is Kind.ANSWER else self._before_marker(delta, text)
-            early.wire = self._rebuild(chunk, early, _fields(role, _field(kind), text))
+        thought, said = (
+            "".join(text for kind, text in pieces if kind is wanted) for wanted in (Kind.THINKING, Kind.ANSWER)
+        )
+        if thought and (said or delta.tool_calls is not None):  # what a splitter finds is thinking, and then the answer
+            first, delta = cut(delta, thought, said, self._markers, was_open=True)
+            first.wire = self._rebuild(chunk, first, _fields(role, self._field(first.kind), first.text))
             role = None
-            out.append(early)
-        delta.kind, delta.text = visible[-1] if visible else (Kind.INJECTED, "")
-        if visible or delta.finish_reason is not None or delta.tool_calls is not None:
-            delta.wire = self._rebuild(chunk, delta, _fields(role, _field(delta.kind), delta.text))
+            out.append(first)
+        else:
+            kind = Kind.THINKING if thought else Kind.ANSWER if said else Kind.INJECTED
+            delta.kind, delta.text = kind, thought or said
+        if delta.text or delta.finish_reason is not None or delta.tool_calls is not None:
+            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
         elif had_text or (delta.logprobs is None and role is None):
             delta.wire = b""
         out.append(delta)
-
-    def _before_marker(self, delta: Delta, text: str) -> Delta:
-        """A delta of thinking `text` that takes over the tokens up to the closing marker, where ids show it."""
-        first = Delta(index=delta.index, kind=Kind.THINKING, text=text)
-        if self._markers is None or self._markers.end not in delta.token_ids:
-            return first
-        end = delta.token_ids.index(self._markers.end) + 1
-        first.token_ids, delta.token_ids = delta.token_ids[:end], delta.token_ids[end:]
-        first.thinking, first.injected, first.capped = delta.thinking, delta.injected, delta.capped
-        delta.thinking, delta.injected, delta.capped = 0, 0, False
-        if isinstance(delta.logprobs, dict) and isinstance(entries := delta.logprobs.get("content"), list):
-            first.logprobs, delta.logprobs = {"content": entries[:end]}, {"content": entries[end:]}
-        return first
 
     def _count(self, state: _Choice, choice: ChoiceBody, thinking_text: str, answer_text: str) -> Split:
         if choice.token_ids:
@@ -279,10 +272,10 @@ class StreamReader:
         is_bare = choice.token_ids is not None or not (thinking_text or answer_text)
         if is_bare and self._expects_ids and self._prompt_tokens:
             return Split()
-        if thinking_text:
-            return Split(thinking=1)
-        has_more = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
-        return Split(answer=1) if has_more else Split()
+        has_answer = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
+        if state.splitter is not None:  # it may hold some of the text back: one event, until it is sorted
+            return Split(answer=int(has_answer))
+        return Split(thinking=at_least(thinking_text), answer=max(int(has_answer), at_least(answer_text)))
 
     def _new_choice(self, index: int) -> _Choice:
         thinking, markers = self._call.thinking, self._markers
@@ -309,6 +302,10 @@ class StreamReader:
                 return True, back, False
         return False, 0, False
 
+    def _field(self, kind: Kind) -> str:
+        """Where a text goes: thinking under the name that the backend uses."""
+        return self._thinking_field if kind is Kind.THINKING else "content"
+
     def _rebuild(self, chunk: ChunkBody, delta: Delta, fields: dict[str, Any]) -> bytes:
         return build_chunk(chunk.id, chunk.created, self._call.model, delta, fields, ids=self._call.wants_token_ids)
 
@@ -320,6 +317,9 @@ def _count_inline(state: _Choice, splitter: MarkerSplitter, delta: Delta, pieces
     if not pieces and splitter.is_holding:
         state.pending, count = count, 0
     size = sum(len(text) for _, text in pieces)
+    if size and not delta.token_ids:
+        _count_words(delta, pieces, count)
+        return
     if size:
         thought = sum(len(text) for kind, text in pieces if kind is Kind.THINKING)
         forced = sum(len(text) for kind, text in pieces if kind is Kind.INJECTED)
@@ -330,8 +330,23 @@ def _count_inline(state: _Choice, splitter: MarkerSplitter, delta: Delta, pieces
     delta.answer = count - delta.thinking - delta.injected
 
 
-def _field(kind: Kind) -> str:
-    return "reasoning" if kind is Kind.THINKING else "content"
+def _count_words(delta: Delta, pieces: list[Piece], events: int) -> None:
+    """Sort what nothing but events and words tell: at least a token for each of either."""
+    delta.thinking = sum(at_least(text) for kind, text in pieces if kind is Kind.THINKING)
+    delta.answer = sum(at_least(text) for kind, text in pieces if kind is Kind.ANSWER)
+    delta.injected = 0
+    rest = max(0, events - delta.thinking - delta.answer)
+    if any(kind is Kind.INJECTED for kind, _ in pieces):
+        delta.injected = rest
+    elif delta.thinking:
+        delta.thinking += rest
+    else:
+        delta.answer += rest
+
+
+def at_least(text: str) -> int:
+    """How many tokens a text is made of, where nothing says so: no token writes two words."""
+    return max(1, len(text.split())) if text else 0
 
 
 def _fields(role: str | None, field: str, text: str) -> dict[str, Any]:

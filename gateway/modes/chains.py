@@ -65,10 +65,10 @@ class Chains:
         self._prompt = await self._backend.tokenize(self._call)
         # Where no thinking comes first, or the backend has taken the call already, mistakes show by themselves.
         trial = None if lost or self._call.thinking.cap == 0 else self._trial()
-        self._rules = self._bounds(aside=0 if trial is None else TRIAL_TOKENS)
+        is_open, has_closed = self._tail()
+        self._rules = self._bounds(aside=0 if trial is None else TRIAL_TOKENS, has_closed=has_closed)
         if trial is not None:
             await self._try_answer(trial)
-        is_open, has_closed = self._tail()
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
         for at, which in enumerate(wanted):
@@ -187,10 +187,7 @@ class Chains:
             step = chain.feed(ids, delta.finish_reason, delta.stop_reason)
             self._run.tally.wasted += step.wasted
             delta.kind, delta.answer, delta.token_ids = Kind.ANSWER, step.answer, step.ids
-            text = delta.text if step.answer or not step.wasted else ""
-            # By text only where ids do not tell: an answer may well speak of markers.
-            if self._forcing.end_id is None or step.wasted or choice.unthought.is_busy:
-                text = choice.unthought.feed(text, is_last=step.is_over)
+            text = choice.answer_text(delta.text, step, has_ids=self._forcing.end_id is not None)
             delta.finish_reason = delta.stop_reason = None
             delta.text, calls = choice.reader.push(text)
             delta.tool_calls = calls or None
@@ -293,14 +290,15 @@ class Chains:
             return "envelope.tokens" if self._is_shared else None
         return None if self._rules.purse is None else "envelope.usd"
 
-    def _bounds(self, *, aside: int) -> ChainRules:
-        """What bounds each chain, `aside` tokens being spent besides.
+    def _bounds(self, *, aside: int, has_closed: bool) -> ChainRules:
+        """What bounds each chain, `aside` tokens being spent besides; after a closed one nothing is forced.
 
         Raises: InvalidRequest when the window, the envelope or `max_tokens` has no room.
         """
         run, thinking, prompt = self._run, self._call.thinking, len(self._prompt)
         total, window = self._call.max_tokens, self._found.max_model_len
-        forced = self._forcing.overhead() if thinking.cap != 0 else self._forcing.ending()
+        least = 0 if has_closed else self._forcing.ending()  # of a chain that ends as soon as it begins
+        forced = self._forcing.overhead() if thinking.cap != 0 and not has_closed else least
         if window is not None and window - prompt < total:
             total = window - prompt
             if total <= forced:
@@ -319,9 +317,9 @@ class Chains:
             run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=most, aside=aside
         )
         self._is_shared = total < most
-        if total <= 0 or (purse is not None and purse.femto_usd <= 0):
+        if total <= least or (purse is not None and purse.femto_usd <= least * purse.answer):
             raise InvalidRequest(
-                f"The prompt alone ({prompt} tokens) takes all of `thinkgate.envelope`.",
+                f"`thinkgate.envelope` has no room for an answer to a prompt of {prompt} tokens.",
                 param="thinkgate.envelope",
                 code="envelope_too_small",
             )
@@ -338,6 +336,8 @@ class Chains:
     def _tail(self) -> tuple[bool, bool]:
         """Whether the prompt leaves the thinking open, or ends with a closed chain."""
         forcing = self._forcing
+        if self._call.thinking.cap == 0 and (self._found.instant_is_quiet or not self._run.model.thinking.native):
+            return False, True  # nothing has to be forced: its template, or the model, does not think
         if forcing.end_id is None:
             if self._call.thinking.enabled:
                 return self._found.template_opens, False

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from budget.chain import Chain
+    from budget.chain import Chain, Step
     from gateway.backends.markers import AnswerFilter, MarkerSplitter
     from gateway.backends.port import Delta
     from gateway.backends.tool_text import ToolReader
@@ -66,3 +66,21 @@ class Choice:
             delta.logprobs = {"content": entries} if entries else None
             self.pending, self.pending_logprobs = [], []
         return delta.token_ids
+
+    def answer_text(self, text: str, step: Step, *, has_ids: bool) -> str:
+        """The answer's text in one delta, without thinking that was reopened in it.
+
+        By text only where ids do not tell: an answer may well speak of markers. The text of tokens that are all dropped
+        is looked at for its markers alone, which need not be in it.
+
+        Args:
+            text: what the delta's tokens write.
+            step: what they meant.
+            has_ids: markers are single tokens.
+        """
+        unthought = self.unthought
+        if has_ids and not step.wasted and not unthought.is_busy:
+            return text
+        if step.wasted and not step.answer and not unthought.is_busy and unthought.start not in text:
+            text = ""
+        return unthought.feed(text, is_last=step.is_over)

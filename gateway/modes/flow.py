@@ -138,8 +138,16 @@ class Run:
             self.counts = self.tally.counts()
             self.settled = self.tally.amounts(self.counts)
             self.hold.report(self.settled)
+            self._note_overrun(self.counts)
             self.ended_by = self.ended_by or self.enforced.spent
         return self.counts, self.settled
+
+    def _note_overrun(self, counts: TokenCounts) -> None:
+        """Thinking that only the backend's usage told of: by events it was within the cap."""
+        cap = self.call.thinking.cap
+        if self.enforced.how == "soft" and cap is not None and counts.thinking > cap * self.choices:
+            self.enforced.overrun += counts.thinking - cap * self.choices
+            self.tally.capped = True
 
     def begin(self, slot: Slot) -> Batches:
         """The call's deltas from a slot. Raises: InvalidRequest for what it cannot serve under a cap."""
@@ -191,8 +199,9 @@ class Run:
             deltas = guard.unended(deltas)
         if cap is not None and tally.most_thinking > cap:
             guard = self.guard = guard or Guard(tally, self.finished, self.choices)
-            deltas = guard.within(deltas, cap)
-            if not guard.can_take_over():
+            can_take_over = guard.can_take_over()
+            deltas = guard.within(deltas, cap) if cap or can_take_over else guard.unthought(deltas)
+            if cap and not can_take_over:
                 tally.capped = True
                 return [*deltas, *self.end("cap")]
         if guard is not None:

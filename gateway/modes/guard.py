@@ -40,6 +40,7 @@ class Guard:
     """
 
     __slots__ = (
+        "_answered",
         "_choices",
         "_finished",
         "_keeps_ids",
@@ -68,6 +69,7 @@ class Guard:
     ) -> None:
         self._tally, self._finished, self._choices = tally, finished, choices
         self._keeps_ids, self._keeps_text, self._opener = keeps_ids, keeps_text, opener
+        self._answered: set[int] = set()
         self.calls: set[int] = set()
         self.ends: dict[int, int] = {}
         self._over: dict[int, int] = {}
@@ -82,6 +84,8 @@ class Guard:
 
     def unended(self, deltas: list[Delta]) -> list[Delta]:
         """Deltas without an end of turn inside the thinking: its choice is lost, and goes on to an answer."""
+        if self._keeps_text:
+            return [delta for delta in deltas if not self._ends_unanswered(delta)]
         if self._keeps_ids:
             for delta in deltas:
                 if delta.finish_reason == "stop" and delta.thinking and not delta.answer and delta.token_ids:
@@ -92,6 +96,15 @@ class Guard:
                     self._finished.discard(delta.index)
                     self._lose(delta.index)
         return deltas
+
+    def _ends_unanswered(self, delta: Delta) -> bool:
+        """Whether this is the end of a choice that only thought; going by text, as there are no ids."""
+        if _is_answer(delta):
+            self._answered.add(delta.index)
+        if delta.finish_reason != "stop" or delta.index in self._answered or delta.index not in self.thoughts:
+            return False
+        self._lose(delta.index)
+        return not delta.text
 
     def is_ordinary(self, token_id: int) -> bool:
         """Whether a token within the cap needs nothing but to be remembered."""
@@ -145,12 +158,25 @@ class Guard:
             elif delta.thinking and (is_over or used[delta.index] > cap):
                 # After a dropped one none fits any more, however short: it would follow on a gap.
                 self._drop(delta, delta.thinking if is_over else used[delta.index] - max(cap, before))
-            elif delta.finish_reason is not None and delta.index in self._over and not delta.answer:
+            elif delta.finish_reason is not None and delta.index in self._over and not _is_answer(delta):
                 self._lose(delta.index)
             else:
-                if delta.answer:
+                if _is_answer(delta):
                     self._over.pop(delta.index, None)  # it slipped, and came back
                 kept.append(delta)
+        return kept
+
+    def unthought(self, deltas: list[Delta]) -> list[Delta]:
+        """Deltas without thinking, where nothing may be thought and nobody can take over: the answer still comes."""
+        kept = []
+        for delta in deltas:
+            if not delta.thinking:
+                kept.append(delta)
+                continue
+            self._waste(delta)
+            self._tally.capped = True
+            if delta.finish_reason is not None:
+                kept.append(Delta(index=delta.index, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason))
         return kept
 
     def is_lost(self) -> bool:
@@ -159,6 +185,7 @@ class Guard:
 
     def _drop(self, delta: Delta, over: int) -> None:
         self._waste(delta)
+        self._tally.capped = True
         self.overrun += over
         self._over[delta.index] = self._over.get(delta.index, 0) + over
         if self._over[delta.index] > GRACE_TOKENS or delta.finish_reason is not None:
@@ -171,3 +198,8 @@ class Guard:
     def _lose(self, index: int) -> None:
         self.lost.add(index)
         self._finished.discard(index)
+
+
+def _is_answer(delta: Delta) -> bool:
+    """Whether some of the answer is in it."""
+    return bool(delta.answer or delta.tool_calls or (delta.kind is Kind.ANSWER and delta.text))

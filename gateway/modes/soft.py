@@ -16,6 +16,7 @@ import msgspec
 from budget.cap import effort_within
 from gateway.backends.port import Call, Capabilities, Delta, Kind, Thinking, Usage
 from gateway.backends.segments import CONTINUES
+from gateway.errors import UpstreamError, UpstreamRejected
 from gateway.modes.guard import GRACE_TOKENS
 from gateway.modes.merge import merged
 
@@ -69,7 +70,7 @@ async def soft_answers(
                     prompt_tokens=max(0, usages[0].prompt_tokens - repeated),
                     completion_tokens=received + sum(usage.completion_tokens for usage in usages),
                     cached_tokens=None,
-                    reasoning_tokens=run.tally.thinking,
+                    reasoning_tokens=run.tally.thinking + run.tally.wasted_thinking,
                 )
             )
         ]
@@ -81,7 +82,7 @@ async def _answer(run: Run, backend: Backend, call: Call, index: int, usages: li
     Where the server goes on from closed thinking there is none: all text is the answer, whatever a parser calls it.
     """
     goes_on = "continue_final_message" in call.fields
-    async with aclosing(backend.generate(call)) as batches:
+    async with aclosing(_our_own(backend.generate(call))) as batches:
         async for batch in batches:
             out: list[Delta] = []
             for delta in batch:
@@ -97,6 +98,18 @@ async def _answer(run: Run, backend: Backend, call: Call, index: int, usages: li
                     if delta.finish_reason is not None:
                         out.append(Delta(index=index, finish_reason=delta.finish_reason))
             yield out  # also when empty: what was dropped counts against every bound
+
+
+async def _our_own(batches: Batches) -> Batches:
+    """The same; a refusal of a call that the client did not make is no mistake of the client's."""
+    try:
+        async with aclosing(batches):
+            async for batch in batches:
+                yield batch
+    except UpstreamRejected as exc:
+        raise UpstreamError(
+            f"The backend refused to be asked for the answer after its thinking: {exc.message}"
+        ) from exc
 
 
 def _second_call(run: Run, found: Capabilities, thoughts: str, thinking: int) -> Call:

@@ -19,6 +19,7 @@ from tests.gateway.upstream import (
     BROKEN,
     END,
     EOS,
+    FORCING,
     FOUND,
     PROMPT,
     WAIT,
@@ -73,15 +74,21 @@ async def test_the_other_choices_begin_at_the_first_token_of_the_first(prompt: l
     assert finishes(deltas) == {0: "stop", 1: "stop", 2: "stop"}
 
 
-async def test_a_choice_without_room_keeps_no_other_waiting() -> None:
-    """Where nothing but what is forced fits, every choice ends at once, though none sampled a token."""
+@pytest.mark.parametrize(
+    ("envelope", "fits"),
+    [
+        (Envelope(tokens=len(PROMPT) + 3 * FORCING.ending()), False),
+        (Envelope(tokens=len(PROMPT) + 3 * FORCING.ending() + 2), False),
+        (Envelope(tokens=len(PROMPT) + 3 * FORCING.ending() + 3), True),
+    ],
+)
+async def test_an_envelope_has_room_for_an_answer_of_each_choice(envelope: Envelope, fits: bool) -> None:
+    """Where nothing but what is forced fits, the request is refused before anything is paid for."""
     upstream = Upstream([], [], [])
-    run = run_of(upstream, call(3), Envelope(tokens=len(PROMPT) + 3))
-    async with asyncio.timeout(5):
-        deltas = await read(run, upstream)
-    assert finishes(deltas) == {0: "length", 1: "length", 2: "length"}
-    assert run.enforced.spent == "envelope.tokens"
-    assert upstream.asked == []
+    with pytest.raises(InvalidRequest if not fits else IndexError) as refused:
+        await read(run_of(upstream, call(3), envelope), upstream)
+    if isinstance(refused.value, InvalidRequest):
+        assert (refused.value.param, refused.value.code) == ("thinkgate.envelope", "envelope_too_small")
 
 
 async def test_a_first_choice_that_fails_before_its_first_token_is_the_only_call() -> None:
@@ -207,7 +214,7 @@ async def test_segments_that_say_too_little_are_upstream_errors(steps: list[Step
 async def test_an_envelope_that_the_prompt_fills_is_refused() -> None:
     """No segment is begun for which there is no room at all."""
     upstream = Upstream([])
-    with pytest.raises(InvalidRequest, match="The prompt alone"):
+    with pytest.raises(InvalidRequest, match="no room for an answer to a prompt of"):
         await read(run_of(upstream, call(), Envelope(tokens=len(PROMPT))), upstream)
 
 

@@ -105,7 +105,7 @@ def test_the_first_words_of_an_answer_are_not_shown_twice() -> None:
     opened=st.booleans(),
 )
 def test_inline_text_reads_the_same_in_any_pieces(text: str, cuts: list[int], has_ids: bool, opened: bool) -> None:
-    """However inline thinking is cut into events, the client reads one text, and every token is counted once."""
+    """However inline thinking is cut into events, the client reads one text, and each token counts, with an id once."""
 
     def seen(pieces: list[str]) -> tuple[tuple[str, str], tuple[int, int, int]]:
         by = reader(markers=None, expects_ids=has_ids, inline=True, opened=opened)
@@ -121,7 +121,7 @@ def test_inline_text_reads_the_same_in_any_pieces(text: str, cuts: list[int], ha
     pieces = [text[a:b] for a, b in pairwise(borders) if a < b]
     texts, tokens_ = seen(pieces)
     assert texts == seen([text])[0]
-    assert sum(tokens_) == len(pieces)
+    assert sum(tokens_) == len(pieces) if has_ids else sum(tokens_) >= len(pieces)
 
 
 # -------------------------------------------------------------------------------------- text completions
