@@ -153,3 +153,19 @@ def check_choices(n: int, prompts: int, max_n: int) -> None:
     if n * prompts > max_n:
         field = "n" if n > 1 else "prompt"
         raise InvalidRequest(f"`{field}`: at most {max_n} choices fit in one request.", param=field)
+
+
+def check_continued(messages: Raw | None, thinking: ThinkingConfig) -> None:
+    """Refuse to go on from a message that ends inside its thinking: no cap would hold what follows.
+
+    Raises: InvalidRequest naming the message.
+    """
+    told = [] if messages is None else msgspec.json.decode(messages)
+    content = told[-1].get("content") if told else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    text = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    if text.rfind(thinking.start) > text.rfind(thinking.end):
+        raise InvalidRequest(
+            f"The message that is to be gone on from ends inside its thinking: close it with `{thinking.end}`.",
+            param=f"messages[{len(told) - 1}].content",
+        )

@@ -14,7 +14,7 @@ from msgspec import Raw, Struct
 
 from budget.cap import ThinkingMeter
 from gateway.backends.events import UsageBody, cut_prompt_ids, cut_token_ids
-from gateway.backends.reader import read_usage
+from gateway.backends.reader import at_least, read_usage
 from gateway.errors import UpstreamError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ NULL = Raw(b"null")  # a union with Raw cannot be declared: absent and null read
 
 
 class _Message(Struct):
+    content: Any = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 
@@ -91,8 +92,21 @@ class PlainAnswer:
             tally.answer += split.answer
             tally.injected += split.injected
             self._has_stray_thinking |= split.thinking > 0
-        if self._has_stray_thinking and not tally.has_ids and tally.usage is not None:
-            tally.wasted, tally.usage.reasoning_tokens = tally.usage.reasoning_tokens or 0, 0
+        if self._has_stray_thinking:
+            tally.capped = True
+            if not tally.has_ids and tally.usage is not None:
+                tally.wasted, tally.usage.reasoning_tokens = self._stray_tokens(tally), 0
+
+    def _stray_tokens(self, tally: Tally) -> int:
+        """Tokens of thinking that is cut, without ids: as the backend says, else by its share of the words."""
+        assert tally.usage is not None
+        if tally.usage.reasoning_tokens is not None:
+            return tally.usage.reasoning_tokens
+        tally.is_guess = True
+        texts = [choice.message for choice in self._typed.choices if choice.message is not None]
+        thought = sum(at_least(text.reasoning or text.reasoning_content or "") for text in texts)
+        said = sum(at_least(text.content or "") for text in texts if isinstance(text.content, str))
+        return -(-tally.usage.completion_tokens * thought // max(1, thought + said))
 
     def require(self, choices: int) -> None:
         """Raises: UpstreamError when choices are missing."""

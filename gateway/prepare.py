@@ -19,7 +19,7 @@ from gateway.backends.port import Call, Surface, Thinking
 from gateway.enforcement import How, Needs, instant_enforcement
 from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from gateway.extension import CapReport, Degraded
-from gateway.fields import check_choices, check_media, upstream_fields
+from gateway.fields import check_choices, check_continued, check_media, upstream_fields
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
 from gateway.modes.reasoning import Stops
@@ -120,6 +120,8 @@ def decide(
     if ask.answer_floor is not None:
         _check_floor(ask, ask.answer_floor, model)
     needs = _needs(ask, model, is_chat=surface == "chat", has_media=media_parts > 0, continues=_continues(raw))
+    if needs.continues:
+        check_continued(raw.get("messages"), model.thinking)
     if ask.envelope is not None and ask.envelope.nano_usd is not None and model.config.price_usd_per_mtok is None:
         raise InvalidRequest(
             f"`thinkgate.envelope.usd` bounds nothing, since {model.name!r} has no price: leave it out.",

@@ -15,37 +15,46 @@ if TYPE_CHECKING:
 
 
 def cut(delta: Delta, thinking: str, answer: str, markers: MarkerIds | None, *, was_open: bool) -> list[Delta]:
-    """The two deltas of an event, in the order in which they were sampled.
+    """The two deltas of an event; the finish, if it has one, stays with what came last.
 
     Args:
-        delta: of the whole event; what is not moved stays with the last.
+        delta: of the whole event.
         thinking: its text in the thinking.
         answer: its text in the answer; may be empty where tool calls are the answer.
         markers: ids of the markers, if tokens can be sorted by them.
         was_open: the event began inside the thinking.
     """
-    at, is_thinking_first = _border(delta.token_ids, markers, was_open=was_open)
-    first = Delta(index=delta.index, kind=Kind.THINKING if is_thinking_first else Kind.ANSWER)
-    first.text, delta.text = (thinking, answer) if is_thinking_first else (answer, thinking)
-    delta.kind = Kind.ANSWER if is_thinking_first else Kind.THINKING
-    if not at and delta.token_ids:
-        return [first, delta]  # tokens without a border between them: none can be told from the others
-    if is_thinking_first:
-        first.thinking, first.capped, delta.thinking, delta.capped = delta.thinking, delta.capped, 0, False
-        first.injected, delta.injected = delta.injected, 0
-    else:
-        first.answer, delta.answer = delta.answer, 0
-        first.tool_calls, delta.tool_calls = delta.tool_calls, None
-    first.token_ids, delta.token_ids = delta.token_ids[:at], delta.token_ids[at:]
-    if isinstance(delta.logprobs, dict) and isinstance(entries := delta.logprobs.get("content"), list):
-        first.logprobs, delta.logprobs = {"content": entries[:at]}, {"content": entries[at:]}
-    return [first, delta]
+    ids = delta.token_ids
+    thought = _thought(ids, markers, was_open=was_open)
+    ends_thinking = bool(thought) and thought[-1]
+    other = Delta(index=delta.index)
+    of_thinking, of_answer = (delta, other) if ends_thinking else (other, delta)
+    of_thinking.kind, of_thinking.text = Kind.THINKING, thinking
+    of_answer.kind, of_answer.text = Kind.ANSWER, answer
+    of_answer.tool_calls, of_thinking.tool_calls = delta.tool_calls or other.tool_calls, None
+    if thought or not ids:
+        of_thinking.thinking, of_answer.thinking = delta.thinking, 0
+        of_thinking.injected, of_answer.injected = delta.injected, 0
+        of_thinking.capped, of_answer.capped = delta.capped, False
+        of_answer.answer, of_thinking.answer = delta.answer, 0
+    if thought:
+        entries = delta.logprobs.get("content") if isinstance(delta.logprobs, dict) else None
+        for part, wanted in ((of_thinking, True), (of_answer, False)):
+            part.token_ids = [id for id, is_thought in zip(ids, thought, strict=True) if is_thought is wanted]
+            if isinstance(entries, list):
+                part.logprobs = {
+                    "content": [e for e, is_thought in zip(entries, thought, strict=False) if is_thought is wanted]
+                }
+    return [other, delta]
 
 
-def _border(ids: list[int], markers: MarkerIds | None, *, was_open: bool) -> tuple[int, bool]:
-    """Where the second begins, and whether the first is thinking; 0 where ids do not tell."""
+def _thought(ids: list[int], markers: MarkerIds | None, *, was_open: bool) -> list[bool]:
+    """Of each token whether it is thinking or a marker; nothing where ids do not tell the two apart."""
     if markers is None:
-        return 0, True
-    if not was_open and markers.start in ids[1:] and ids[0] not in (markers.start, markers.end):
-        return ids.index(markers.start), False
-    return (ids.index(markers.end) + 1 if markers.end in ids else 0), True
+        return []
+    found, is_open = [], was_open
+    for token_id in ids:
+        is_open = is_open or token_id == markers.start
+        found.append(is_open or token_id == markers.end)
+        is_open = is_open and token_id != markers.end
+    return found if len(set(found)) == 2 else []

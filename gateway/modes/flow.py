@@ -143,10 +143,11 @@ class Run:
         return self.counts, self.settled
 
     def _note_overrun(self, counts: TokenCounts) -> None:
-        """Thinking that only the backend's usage told of: by events it was within the cap."""
+        """Thinking that only the backend's usage told of: by words it was within the cap."""
         cap = self.call.thinking.cap
-        if self.enforced.how == "soft" and cap is not None and counts.thinking > cap * self.choices:
-            self.enforced.overrun += counts.thinking - cap * self.choices
+        over = 0 if cap is None or self.enforced.how != "soft" else counts.thinking - cap * self.choices
+        if over > 0:
+            self.enforced.overrun += over
             self.tally.capped = True
 
     def begin(self, slot: Slot) -> Batches:

@@ -101,7 +101,8 @@ class Guard:
         """Whether this is the end of a choice that only thought; going by text, as there are no ids."""
         if _is_answer(delta):
             self._answered.add(delta.index)
-        if delta.finish_reason != "stop" or delta.index in self._answered or delta.index not in self.thoughts:
+        has_thought = self._tally.thinking_by_choice.get(delta.index, 0) > 0
+        if delta.finish_reason != "stop" or delta.index in self._answered or not has_thought:
             return False
         self._lose(delta.index)
         return not delta.text
