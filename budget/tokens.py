@@ -28,6 +28,10 @@ class TokenCounts(msgspec.Struct, kw_only=True):
     injected: int = 0
     wasted: int = 0
 
+    def output(self) -> int:
+        """What the backend generated for the request itself, what was forced upon it included."""
+        return self.thinking + self.answer + self.injected + self.wasted
+
     def total(self) -> int:
         """Ledger unit `tokens`: all kinds together."""
         return (

@@ -10,7 +10,7 @@ under somebody else's budget, or take one out from under a wider one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,8 +95,14 @@ class Actor:
         if not self.sees(scopes):
             raise PermissionDenied(f"{what} is outside this token's scopes ({self._shown()}).")
 
-    def check_key(self, id: str, *, before: Scopes | None, after: Scopes) -> None:
+    def check_key(self, id: str, *, before: Scopes | None, after: Scopes, keys: Callable[[], Iterable[Scopes]]) -> None:
         """Whether it may make a key of these scopes, or change one from some to others.
+
+        Args:
+            id: of the key.
+            before: its scopes so far; None for a new one.
+            after: those it would have.
+            keys: the scopes of each key there is; they tell which users are somebody else's.
 
         Raises: PermissionDenied.
         """
@@ -110,10 +116,20 @@ class Actor:
                 f"This token may only have keys with exactly the owners that its scopes say ({self._shown()}), "
                 "and narrower ones."
             )
+        self._check_users(set(after) - set(before or ()), keys())
         tags = {path.scope for path in self.paths if path.is_tag}
         strange = {s for s in set(before or ()) ^ set(after) if s.startswith("tag:")} - tags
         if strange:
             raise PermissionDenied(f"{min(strange)} is not among this token's scopes ({self._shown()}).", param="tags")
+
+    def _check_users(self, new: set[str], keys: Iterable[Scopes]) -> None:
+        """A user who has keys elsewhere pays from a budget that is not this token's."""
+        users = {scope for scope in new if scope.startswith("user:")}
+        if users and any(not users.isdisjoint(scopes) and not self.sees(scopes) for scopes in keys):
+            raise PermissionDenied(
+                f"{min(users)} has keys outside this token's scopes ({self._shown()}), and one budget for all of them.",
+                param="user",
+            )
 
     def realm(self, keys: Iterable[Scopes]) -> frozenset[str]:
         """The scopes whose limits are a scope-admin's: its own, and narrower ones that all lie within them.

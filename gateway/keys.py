@@ -123,7 +123,7 @@ class Keys:
 
         Raises: InvalidRequest, PermissionDenied, ConflictingChange when the id is taken, RecordsUnreachable.
         """
-        actor.check_key(id, before=None, after=Key.from_traits(id, traits).scopes)
+        actor.check_key(id, before=None, after=Key.from_traits(id, traits).scopes, keys=self.owners)
         self._refuse_file(id, "choose another id")
         if id == ANYONE.id:
             raise ConflictingChange(f"{id!r} is who asks without a key: choose another id.", param="id")
@@ -158,7 +158,7 @@ class Keys:
         def edit(kept: KeptKey) -> KeptKey:
             given = {name: value for name, value in changes.items() if name in TRAITS}
             traits = _valid_traits({**kept.traits, **given})
-            actor.check_key(id, before=_scopes(kept), after=Key.from_traits(id, traits).scopes)
+            actor.check_key(id, before=_scopes(kept), after=Key.from_traits(id, traits).scopes, keys=self.owners)
             expires_at = changes.get("expires_at")
             self._check_models(traits.models if "models" in given else None)
             check_end(expires_at, self._stored.clock())
@@ -211,7 +211,7 @@ class Keys:
                 self._refuse_file(id, "change it in the file")
             if old is None:
                 raise EntryNotFound(f"There is no key {id!r}.", param="id")
-            actor.check_key(id, before=_scopes(old), after=_scopes(old))
+            actor.check_key(id, before=_scopes(old), after=_scopes(old), keys=self.owners)
             if old.revoked_at_s is not None and not is_end:
                 raise ConflictingChange(f"The key {id!r} is revoked, for good: create another.", param="id")
             new = edit(old)

@@ -114,6 +114,12 @@ class Slot:
         self._probe_again_s = pause_s
         self.suspect.set()
 
+    def note_overrun(self) -> None:
+        """It generated more than it was asked for, unwatched: from now on it is watched, until probed again."""
+        if self.capabilities is not None and self.capabilities.limit_binds:
+            log.error("backend ignored max_tokens", extra={"backend": self.config.id})
+            self.capabilities = dataclasses.replace(self.capabilities, limit_binds=False)
+
     def __enter__(self) -> Backend:
         """Count a call here, from the decision to its end."""
         self.in_flight += 1
@@ -226,11 +232,16 @@ class Model:
         up = [slot.capabilities.max_model_len for slot in self.slots if slot.capabilities is not None]
         return min((length for length in up if length is not None), default=None)
 
-    def is_inline(self) -> bool:
-        """Whether thinking comes as marked text within the content, where only a reader of the whole text finds it."""
-        return any(
-            (slot.capabilities.thinking_field or "").startswith("inline") for slot in self.slots if slot.capabilities
-        )
+    def must_be_read(self) -> bool:
+        """Whether whole answers of a backend cannot be passed on as they are, but are read token by token.
+
+        Because its thinking comes as marked text within the content, or because it generates more than it is asked for.
+        """
+        for slot in self.slots:
+            found = slot.capabilities
+            if found is not None and (not found.limit_binds or (found.thinking_field or "").startswith("inline")):
+                return True
+        return False
 
     def choose(self, without: Collection[Slot] = ()) -> Slot:
         """The slot for the next call. Raises: Overloaded when none is usable."""

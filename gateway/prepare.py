@@ -80,7 +80,7 @@ class Prepared(msgspec.Struct, frozen=True):
             and self.ask.envelope is None
             and self.cap.enforcement != "two_phase"
             and self.model.kind != "embedded"
-            and not self.model.is_inline()
+            and not self.model.must_be_read()
         )
 
 

@@ -164,6 +164,8 @@ class Answer:
         answer.count(run.tally)
         answer.require(prepared.choices)
         usage, extension = self._closing()
+        if run.counts is not None and run.slot is not None and run.counts.output() > run.most_output:
+            run.slot.note_overrun()
         model = prepared.model
         rendered = answer.render(
             None if model.name == model.upstream else model.name,

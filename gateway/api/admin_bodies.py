@@ -113,7 +113,7 @@ class Page(Section):
 class AuditPage(Section):
     """Which part of the log: entries after this number, at most so many; without one, the last."""
 
-    after: int | None = Field(None, ge=0)
+    after: int | None = Field(None, ge=0, le=2**53)
     limit: int = Field(100, ge=1, le=1000)
 
 

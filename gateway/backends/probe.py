@@ -293,6 +293,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             tool_opener_ids=continuing.tool_opener_ids,
             takes_effort=not is_vllm and await prober.takes_effort(),
             continues_assistant=continuing.forcing is None and await prober.continues_assistant(),
+            limit_binds=not isinstance(usage, dict) or _int(usage.get("completion_tokens")) <= PROBE_MAX_TOKENS,
             detail=prober.detail,
         ), markers
 
@@ -323,6 +324,10 @@ def count_thinking(answer: _Answer, markers: MarkerIds) -> tuple[int, bool]:
     meter = ThinkingMeter(markers.start, markers.end, cap=None, is_open=is_open)
     meter.feed(_list(answer.choice().get("token_ids")))
     return meter.thinking, not meter.is_open
+
+
+def _int(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _list(value: object) -> list[Any]:

@@ -63,6 +63,7 @@ FLAWED: list[tuple[str, str, Json | bytes, str | None, str]] = [
     ("POST", "/tokens", {"id": "t", "role": "scope-admin", "scopes": ["ml"]}, "scopes[0]", "invalid_value"),
     ("POST", "/tokens", {"id": "t", "role": "admin", "scopes": ["team:ml"]}, "scopes", "invalid_value"),
     ("GET", "/audit?after=-1", b"", "after", "invalid_value"),
+    ("GET", "/audit?after=9223372036854775808", b"", "after", "invalid_value"),
     ("GET", "/usage?from=yesterday", b"", "from", "invalid_value"),
     ("GET", "/usage?to=1700000000", b"", "to", "invalid_value"),
     ("GET", "/usage?to=0001-01-01", b"", "to", "invalid_value"),

@@ -86,7 +86,7 @@ class TestPaths:
         """What it may make lies within its paths, and pays from nothing at their level or above but what they say."""
         lead = scoped(*paths)
         try:
-            lead.check_key("k", before=None, after=scopes(traits))
+            lead.check_key("k", before=None, after=scopes(traits), keys=list)
         except PermissionDenied:
             return
         assert lead.sees(scopes(traits))
@@ -94,6 +94,17 @@ class TestPaths:
         held = [path for path in lead.paths if path.holds(scopes(traits))]
         assert any(path.above(owners) == {f"{k}:{n}" for k, n in path.owners.items()} for path in held)
         assert {f"tag:{tag}" for tag in traits.tags} <= set(paths)
+
+    def test_a_user_of_others_is_not_its_to_spend_for(self) -> None:
+        """A key for a user who has keys elsewhere would pay from a budget that is not the scope-admin's."""
+        lead = scoped("org:acme/team:ml")
+        mine, others = ("org:acme", "team:ml", "user:eve", "key:k"), ("org:acme", "team:ops", "user:eve", "key:o")
+        for before in (None, ("org:acme", "team:ml", "user:ada", "key:k")):
+            with pytest.raises(PermissionDenied, match="user:eve has keys outside") as refused:
+                lead.check_key("k", before=before, after=mine, keys=lambda: [others])
+            assert refused.value.param == "user"
+        lead.check_key("k", before=None, after=mine, keys=lambda: [mine])
+        lead.check_key("k", before=mine, after=mine, keys=lambda: [mine, others])  # it has been hers before
 
     @given(paths=PATHS, steps=st.lists(TRAITS, min_size=1, max_size=5))
     def test_no_chain_of_changes_leads_out(self, paths: list[str], steps: list[KeyTraits]) -> None:
@@ -104,7 +115,7 @@ class TestPaths:
         named = {f"{kind}:{name}" for path in lead.paths for kind, name in path.owners.items()}
         for traits in others:
             try:
-                lead.check_key("k", before=now, after=scopes(traits))
+                lead.check_key("k", before=now, after=scopes(traits), keys=list)
             except PermissionDenied:
                 continue
             now = scopes(traits)

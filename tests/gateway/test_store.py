@@ -207,6 +207,30 @@ async def test_an_overrun_is_cut_and_booked_as_debt(scripted: ScriptedBackend, s
         assert row.tokens == used["settled"]["tokens"]
 
 
+@pytest.mark.parametrize("was_seen", [True, False], ids=["by the probe", "in service"])
+async def test_an_overrun_that_nobody_streams_is_cut_too(scripted: ScriptedBackend, was_seen: bool) -> None:
+    """A whole answer in instant mode is watched once its backend was seen to ignore `max_tokens`; all of it is debt."""
+    lies = Say(answer=tokens("so " * 3000))
+    lax = Model(honours_limit=False)
+    body = {**ASK, "max_tokens": 10, "thinkgate": {"mode": "instant"}}
+    if was_seen:
+        scripted.model = lax
+        scripted.default = Script(say=[lies])
+    async with live(tree_of(scripted)) as gateway:
+        scripted.forget()
+        settled = []
+        for _ in range(2):
+            scripted.queue(Script(say=[lies], model=lax))
+            report = (await ask(gateway, body)).json["thinkgate"]
+            settled.append(report["settled"]["tokens"])
+        assert report["ended_by"] == "hold"
+        assert scripted.calls[-1].closed.is_set()
+        assert settled[1] < 1000
+        assert (settled[0] < 1000) is was_seen
+        debt = sum(max(0, tokens_ - report["hold"]["tokens"]) for tokens_ in settled)
+        assert gateway.metric("thinkgate_debt_tokens_total") == debt
+
+
 def test_a_store_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
     """A path that cannot be written is an error of the configuration, with its key."""
     tree = {"models": {"m": {"backends": [{"id": "a", "url": "http://127.0.0.1:1"}]}}}
