@@ -27,6 +27,7 @@ from budget.errors import BudgetError, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
 from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet
 from budget.ledgers.store import Booking, Settlement
+from budget.records.sqlite import open_file
 
 T = TypeVar("T")
 MOST_CALLS = 128  # of one transaction: other processes want to write, too
@@ -45,7 +46,7 @@ class SqliteStore:
     """See budget.ledgers.store.Store. To be used from one event loop.
 
     Args:
-        path: of the file; it is created, and `-wal` and `-shm` beside it. Not on a network file system.
+        path: of the file; it is made, for this user only, and `-wal` and `-shm` beside it. On a local disk.
         clock: epoch seconds, the same for all processes.
         synchronous: what a loss of power may take: the last commits (`normal`), or nothing (`full`).
         busy_s: how long other processes may keep the file to themselves.
@@ -71,7 +72,7 @@ class SqliteStore:
         self._is_closed = False
         try:
             self._connection = self._open(synchronous)
-        except sqlite3.Error as exc:
+        except (OSError, sqlite3.Error) as exc:
             raise StoreUnreachable(f"{path} cannot be used as a store: {exc}.") from exc
         self._sheet = Sheet(self._connection)
         self._thread = threading.Thread(target=self._work, name="thinkgate-sqlite", daemon=True)
@@ -200,9 +201,16 @@ class SqliteStore:
                 return
 
     def _open(self, synchronous: str) -> sqlite3.Connection:
-        """Open the file and see that it has our tables. Raises: sqlite3.Error, StoreUnreachable."""
-        connection = sqlite3.connect(self._path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
+        """Open the file and see that it has our tables. Raises: OSError, sqlite3.Error, StoreUnreachable."""
+        connection = open_file(self._path, busy_s=self._busy_s)
+        try:
+            self._prepare(connection, synchronous)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection, synchronous: str) -> None:
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         connection.execute("BEGIN IMMEDIATE")
         version = cast("int", connection.execute("PRAGMA user_version").fetchone()[0])
@@ -212,10 +220,8 @@ class SqliteStore:
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
         if version not in {0, VERSION}:
-            connection.close()
             raise StoreUnreachable(f"{self._path} was written by another version of thinkgate (schema {version}).")
         connection.execute("PRAGMA busy_timeout = 0")
-        return connection
 
 
 def _tell(calls: list[Call], outcomes: list[Any]) -> None:
