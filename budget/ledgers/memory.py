@@ -194,7 +194,7 @@ class MemoryLedger:
     def settle(self, accounts: Sequence[Account], books: Sequence[Books], ceiling: Amounts, used: Amounts) -> None:
         """Replace the hold by actual use in the books it was taken in; overrun becomes debt."""
         self._count(ceiling, -1, -1)
-        if used.tokens > ceiling.tokens or used.nano_usd > ceiling.nano_usd:
+        if used.exceeds(ceiling):
             self._figures.debt = self._figures.debt.plus(used.beyond(ceiling))
         if not accounts:
             return

@@ -244,6 +244,14 @@ async def test_debt_is_booked(place: Place) -> None:
     assert ledger.figures().debt == Amounts(tokens=30, nano_usd=3)
 
 
+async def test_debt_of_thinking_alone_is_booked(place: Place) -> None:
+    """Thinking beyond a hold is debt also where the tokens in total and the money are within it."""
+    ledger = place.ledger()
+    async with ledger.hold(["key:a"], Amounts(tokens=10, thinking_tokens=4, nano_usd=9)) as hold:
+        hold.report(Amounts(tokens=10, thinking_tokens=6, nano_usd=9))
+    assert ledger.figures().debt == Amounts(thinking_tokens=2)
+
+
 async def test_usage_adds_up_by_day_scopes_and_mode(place: Place) -> None:
     """Settled requests are summed under all their scopes, their mode and the day of their hold."""
     ledger = place.ledger(tokens(1000))
