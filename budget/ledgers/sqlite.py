@@ -31,6 +31,7 @@ from budget.records.sqlite import open_file
 
 T = TypeVar("T")
 MOST_CALLS = 128  # of one transaction: other processes want to write, too
+MOST_SWEEPS = 20  # transactions; the next sweep goes on
 BUSY_S = 2.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.0001, 0.001  # between two attempts to get it
 
@@ -98,7 +99,13 @@ class SqliteStore:
 
     async def sweep(self, lease_s: float) -> int:
         """See Store."""
-        return await self._call(lambda sheet: sheet.sweep(lease_s))
+        swept = 0
+        for _ in range(MOST_SWEEPS):
+            late, is_more = await self._call(lambda sheet: sheet.sweep(lease_s))
+            swept += late
+            if not is_more:
+                break
+        return swept
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """See Store."""
