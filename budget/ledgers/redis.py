@@ -213,7 +213,7 @@ class RedisStore:
         first, last = (first_day - EPOCH).days, (last_day - EPOCH).days
         days = [int(day) for day in await wire.send(pack(b"ZRANGEBYSCORE", f"{self._tag}:days", first, last))]
         found = await asyncio.gather(*(wire.send(pack(b"HGETALL", f"{self._tag}:u:{day}")) for day in days))
-        return [row for day, fields in zip(days, found, strict=True) for row in _usage_rows(day, fields)]
+        return await asyncio.to_thread(_usage, days, found)
 
     async def health(self) -> LedgerHealth:
         """See Store."""
@@ -347,6 +347,11 @@ def _standings(reply: list[Any], limits: Sequence[Limit], needs: Mapping[Unit, i
     refused = refusal(tightest, needs[tightest.limit.unit])
     refused.standings = standings
     raise refused
+
+
+def _usage(days: Sequence[int], found: Sequence[Sequence[bytes]]) -> list[UsageRow]:
+    """The rows of these days. There may be many: to be called off the event loop."""
+    return [row for day, fields in zip(days, found, strict=True) for row in _usage_rows(day, fields)]
 
 
 def _usage_rows(day: int, fields: Sequence[bytes]) -> Iterator[UsageRow]:

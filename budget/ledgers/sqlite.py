@@ -1,7 +1,8 @@
 """The store in one SQLite file: durable, and shared by the worker processes of one machine.
 
 Owns: the file, its one writing thread per process, and transactions: calls wait in a queue, and whatever waits is
-carried out in order and committed as a group, off the event loop. Several processes take turns by SQLite's own lock.
+carried out in order and committed as a group, off the event loop. Several processes take turns by SQLite's own lock;
+what is only read, and may be long, is read beside them.
 Does not own: what a call does to the tables (sqlite_books.py).
 
 Durability: in WAL mode a commit survives the death of the process, `kill -9` included. With `synchronous=normal` a
@@ -19,13 +20,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from budget.errors import BudgetError, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
-from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet
+from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet, read_health, read_usage
 from budget.ledgers.store import Booking, Settlement
 from budget.records.sqlite import open_file
 
@@ -109,12 +111,12 @@ class SqliteStore:
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """See Store."""
-        return await self._call(lambda sheet: sheet.usage(first_day, last_day))
+        return await self._read(lambda connection: read_usage(connection, first_day, last_day))
 
     async def health(self) -> LedgerHealth:
         """See Store."""
         try:
-            return await self._call(lambda sheet: sheet.health())
+            return await self._read(read_health)
         except StoreUnreachable as exc:
             return LedgerHealth(kind=self.kind, is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
 
@@ -133,6 +135,18 @@ class SqliteStore:
         else:
             self._calls.put(Call(work, future))
         return future
+
+    async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What a connection of its own finds after all that was called before; it keeps nobody from writing."""
+        await self._call(lambda _: None)
+        return await asyncio.to_thread(self._read_apart, read)
+
+    def _read_apart(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            with closing(sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                return read(connection)
+        except sqlite3.Error as exc:
+            raise StoreUnreachable(f"{self._path} cannot be read: {exc}.") from exc
 
     # ------------------------------------------------------------------------------------ the writing thread
 

@@ -1,8 +1,8 @@
 """What a store does, on the tables of one SQLite database, within one transaction.
 
-Owns: the schema, and every operation of a store on a `Sheet`: the accounts and usage that a transaction looks at,
-changed by the rules of budget/accounts.py and written once when it ends. Does not own: transactions,
-threads (sqlite.py).
+Owns: the schema, every operation of a store on a `Sheet`, which is the accounts and usage that a transaction looks at,
+changed by the rules of budget/accounts.py and written once when it ends, and what is only read. Does not own:
+transactions, threads (sqlite.py).
 Invariant: a row of `books` is one calendar window of one limit, or one rate; no row is ever reset.
 """
 
@@ -191,35 +191,6 @@ class Sheet:
         execute("DELETE FROM usage WHERE day <= ?", (now_s // DAY_S - KEPT_DAYS,))
         return len(rows), max(len(rows), *forgotten) == MOST_AT_ONCE
 
-    def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
-        """See Store.usage."""
-        self.close()
-        rows = self._connection.execute(
-            "SELECT day, scopes, mode, requests, tokens, thinking_tokens, nano_usd FROM usage"
-            " WHERE day BETWEEN ? AND ? AND requests > 0 ORDER BY day, scopes, mode",
-            (first_day.toordinal() - EPOCH_ORDINAL, last_day.toordinal() - EPOCH_ORDINAL),
-        )
-        return [
-            UsageRow(
-                day=dt.date.fromordinal(EPOCH_ORDINAL + day),
-                scopes=_scopes.decode(scopes),
-                mode=mode,
-                requests=requests,
-                tokens=tokens,
-                thinking_tokens=thinking_tokens,
-                nano_usd=nano_usd,
-            )
-            for day, scopes, mode, requests, tokens, thinking_tokens, nano_usd in rows
-        ]
-
-    def health(self) -> LedgerHealth:
-        """See Store.health."""
-        holds, tokens, thinking_tokens, nano_usd = self._connection.execute(
-            "SELECT count(*), total(tokens), total(thinking_tokens), total(nano_usd) FROM holds WHERE state = 0"
-        ).fetchone()
-        held = Amounts(tokens=int(tokens), thinking_tokens=int(thinking_tokens), nano_usd=int(nano_usd))
-        return LedgerHealth(kind="sqlite", is_reachable=True, holds=holds, held=held)
-
     # ------------------------------------------------------------------------------------------------ accounts
 
     def _account(self, key: Key, limit: Limit | None = None) -> Account:
@@ -353,3 +324,33 @@ class Sheet:
 
 def _key(limit: Limit) -> Key:
     return limit.scope, limit.unit, limit.window or ""
+
+
+def read_usage(connection: sqlite3.Connection, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
+    """See Store.usage."""
+    rows = connection.execute(
+        "SELECT day, scopes, mode, requests, tokens, thinking_tokens, nano_usd FROM usage"
+        " WHERE day BETWEEN ? AND ? AND requests > 0 ORDER BY day, scopes, mode",
+        (first_day.toordinal() - EPOCH_ORDINAL, last_day.toordinal() - EPOCH_ORDINAL),
+    )
+    return [
+        UsageRow(
+            day=dt.date.fromordinal(EPOCH_ORDINAL + day),
+            scopes=_scopes.decode(scopes),
+            mode=mode,
+            requests=requests,
+            tokens=tokens,
+            thinking_tokens=thinking_tokens,
+            nano_usd=nano_usd,
+        )
+        for day, scopes, mode, requests, tokens, thinking_tokens, nano_usd in rows
+    ]
+
+
+def read_health(connection: sqlite3.Connection) -> LedgerHealth:
+    """See Store.health."""
+    holds, tokens, thinking_tokens, nano_usd = connection.execute(
+        "SELECT count(*), total(tokens), total(thinking_tokens), total(nano_usd) FROM holds WHERE state = 0"
+    ).fetchone()
+    held = Amounts(tokens=int(tokens), thinking_tokens=int(thinking_tokens), nano_usd=int(nano_usd))
+    return LedgerHealth(kind="sqlite", is_reachable=True, holds=holds, held=held)
