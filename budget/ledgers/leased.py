@@ -109,7 +109,8 @@ class LeasedHold:
             self._standings = self.local.standings
         else:
             self._standings = await self._ledger.extend(booking, more)
-        self.booking = booking
+        # Its limits may have been replaced meanwhile.
+        self.booking = msgspec.structs.replace(self.booking, ceiling=booking.ceiling)
 
     def report(self, used: Used) -> None:
         """Say what was used so far, or how to find out; it goes to the store with the next report."""
