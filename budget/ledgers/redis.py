@@ -48,7 +48,7 @@ SCRIPTS = {
 
 
 class RedisStore:
-    """See budget.ledgers.leased.Store.
+    """See budget.ledgers.store.Store.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, with all that redis-py reads from it.
@@ -60,7 +60,6 @@ class RedisStore:
     Raises: ImportError without the extra `thinkgate[redis]`; ValueError for a URL that cannot be read.
     """
 
-    kind = "redis"
     is_prompt = True
 
     def __init__(
@@ -226,15 +225,11 @@ class RedisStore:
                 if more[0] < AT_ONCE:
                     break
         except StoreUnreachable as exc:
-            return LedgerHealth(kind=self.kind, is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
+            return LedgerHealth(kind="redis", is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
         held = Amounts(tokens=sums[1], thinking_tokens=sums[2], nano_usd=sums[3])
-        return LedgerHealth(kind=self.kind, is_reachable=True, holds=sums[0], held=held)
+        return LedgerHealth(kind="redis", is_reachable=True, holds=sums[0], held=held)
 
     # --------------------------------------------------------------------------------------- connection
-
-    async def connect(self) -> None:
-        """See Store."""
-        await self._line.open()
 
     async def close(self) -> None:
         """See Store."""

@@ -57,7 +57,6 @@ class SqliteStore:
     Raises: StoreUnreachable when the file cannot be used.
     """
 
-    kind = "sqlite"
     is_prompt = False
 
     def __init__(
@@ -118,7 +117,7 @@ class SqliteStore:
         try:
             return await self._read(read_health)
         except StoreUnreachable as exc:
-            return LedgerHealth(kind=self.kind, is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
+            return LedgerHealth(kind="sqlite", is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
 
     async def close(self) -> None:
         """Carry out what waits, and close the file."""

@@ -32,7 +32,6 @@ class SlowStore:
         most_at_once: holds that were on their way to it.
     """
 
-    kind = "slow"
     is_prompt = False
 
     def __init__(self) -> None:
