@@ -37,6 +37,7 @@ REPORT_S = 0.5
 SWEEP_S = 1.0
 CLOSE_S = 5.0  # for the last settlements to reach the store
 MOST_REMEMBERED = 10_000  # combinations of scopes
+AT_ONCE = 100  # holds that are entered again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = "The budget store does not answer, so nothing can be held. Try again shortly."
 
@@ -108,7 +109,8 @@ class LeasedHold:
             self._standings = self.local.standings
         else:
             self._standings = await self._ledger.extend(booking, more)
-        self.booking = booking
+        # Its limits may have been replaced meanwhile.
+        self.booking = msgspec.structs.replace(self.booking, ceiling=booking.ceiling)
 
     def report(self, used: Used) -> None:
         """Say what was used so far, or how to find out; it goes to the store with the next report."""
@@ -215,13 +217,12 @@ class LeasedLedger:
 
     def figures(self) -> Figures:
         """What is known without asking the store."""
-        offline = 0 if self._offline is None else self._offline.granted
         return Figures(
             is_reachable=not self.is_lost,
             waiting=self._outbox.waiting(),
             swept=self._swept,
             debt=self._debt,
-            offline=offline,
+            offline=0 if self._offline is None else self._offline.granted,
         )
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
@@ -280,7 +281,7 @@ class LeasedLedger:
 
     def grant(self, booking: Booking, unreachable: StoreUnreachable) -> tuple[Booking, OfflineHold]:
         """Hold in what this process may spend while the store is lost. Raises: StoreUnreachable."""
-        if self._offline is None or not self.is_lost:
+        if self._offline is None or not self.is_lost or self._outbox.is_full():
             raise unreachable
         return self._offline.grant(booking)
 
@@ -344,15 +345,21 @@ class LeasedLedger:
                 await self._offline.beat(set(self._in_force.values()))
 
     async def _report(self) -> None:
-        if not self.open:
-            return
         progress = [(hold.booking.hold_id, told(hold.used)) for hold in self.open.values()]
-        for hold_id in await self._store.report(progress, self._lease_s):
-            hold = self.open.get(hold_id)
-            if hold is not None:  # the store lost it; it was granted, so it is entered again whatever is free now
-                await self._enter(hold)
+        lost = await self._store.report(progress, self._lease_s) if progress else ()
+        # They were granted, so they are entered again whatever is free now.
+        await self._enter_all([self.open[hold_id] for hold_id in lost if hold_id in self.open])
+
+    async def _enter_all(self, holds: Sequence[LeasedHold]) -> None:
+        for first in range(0, len(holds), AT_ONCE):
+            some = (self._enter(hold) for hold in holds[first : first + AT_ONCE])
+            for outcome in await asyncio.gather(*some, return_exceptions=True):
+                if outcome is not None:
+                    raise outcome
 
     async def _enter(self, hold: LeasedHold) -> None:
+        if hold.state != "open":
+            return
         local, hold.local = hold.local, None  # from now on it is the store's
         if local is not None:
             local.is_told = True
@@ -370,9 +377,7 @@ class LeasedLedger:
         await self._store.report([], self._lease_s)  # is anybody there?
         while self._outbox.has_kept() or any(hold.local for hold in self.open.values()):  # more may come meanwhile
             delivered += await self._outbox.deliver()
-            for hold in [hold for hold in self.open.values() if hold.local]:
-                if hold.state == "open":
-                    await self._enter(hold)
+            await self._enter_all([hold for hold in self.open.values() if hold.local])
         if self.is_lost:
             self.is_lost = False
             if self._offline is not None:

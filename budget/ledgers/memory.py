@@ -1,6 +1,6 @@
 """The ledger in memory: the reference for the others. Budgets end with the process.
 
-Every operation is synchronous and O(limits of the request's scopes), so holds of one event loop never
+Every operation on a hold is synchronous and O(limits of the request's scopes), so holds of one event loop never
 interleave. Time comes from the `clock` passed in, as seconds since the epoch.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 from weakref import WeakValueDictionary
@@ -130,21 +130,11 @@ class MemoryLedger:
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """What was settled on these days, both included."""
-        first, last = first_day.toordinal(), last_day.toordinal()
-        return [
-            UsageRow(
-                day=dt.date.fromordinal(day),
-                scopes=scopes,
-                mode=mode,
-                requests=row[0],
-                tokens=row[1],
-                thinking_tokens=row[2],
-                nano_usd=row[3],
-            )
-            for day, rows in sorted(self._usage.items())
-            if first <= day <= last
-            for (scopes, mode), row in rows.items()
-        ]
+        first, last, found = first_day.toordinal(), last_day.toordinal(), list[UsageRow]()
+        for day in sorted(day for day in self._usage if first <= day <= last):
+            rows = [(key, row.copy()) for key, row in self._usage.get(day, {}).items()]
+            found += await asyncio.to_thread(_usage_rows, dt.date.fromordinal(day), rows)
+        return found
 
     async def health(self) -> LedgerHealth:
         """Always well: budgets end with the process."""
@@ -194,7 +184,7 @@ class MemoryLedger:
     def settle(self, accounts: Sequence[Account], books: Sequence[Books], ceiling: Amounts, used: Amounts) -> None:
         """Replace the hold by actual use in the books it was taken in; overrun becomes debt."""
         self._count(ceiling, -1, -1)
-        if used.tokens > ceiling.tokens or used.nano_usd > ceiling.nano_usd:
+        if used.exceeds(ceiling):
             self._figures.debt = self._figures.debt.plus(used.beyond(ceiling))
         if not accounts:
             return
@@ -224,6 +214,22 @@ class MemoryLedger:
         self._held_tokens += sign * amounts.tokens
         self._held_thinking += sign * amounts.thinking_tokens
         self._held_nano_usd += sign * amounts.nano_usd
+
+
+def _usage_rows(day: dt.date, rows: Iterable[tuple[tuple[tuple[str, ...], str], list[int]]]) -> list[UsageRow]:
+    """The rows of one day. There may be many: to be called off the event loop."""
+    return [
+        UsageRow(
+            day=day,
+            scopes=scopes,
+            mode=mode,
+            requests=row[0],
+            tokens=row[1],
+            thinking_tokens=row[2],
+            nano_usd=row[3],
+        )
+        for (scopes, mode), row in rows
+    ]
 
 
 EPOCH_ORDINAL = dt.date(1970, 1, 1).toordinal()

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from itertools import islice
 
 from budget.errors import StoreUnreachable
 from budget.ledgers.store import Settlement, Store
 
 log = logging.getLogger("thinkgate.ledger")
+AT_ONCE = 1000  # settlements of one delivery: the store has a time for each
+MOST_KEPT = 100_000  # about 100 MB
 
 
 class Outbox:
@@ -39,8 +42,14 @@ class Outbox:
             batch.append(settlement)
 
     def keep(self, settlement: Settlement) -> None:
-        """Keep it for later."""
+        """Keep it for later, always: what is full only stops what is granted."""
         self._kept.append(settlement)
+        if len(self._kept) == MOST_KEPT:
+            log.error("too many settlements wait: nothing more is granted without the store")
+
+    def is_full(self) -> bool:
+        """So much is kept that nothing should be granted that will have to be kept as well."""
+        return len(self._kept) >= MOST_KEPT
 
     def has_kept(self) -> bool:
         """Something is to be told again."""
@@ -51,19 +60,19 @@ class Outbox:
         return len(self._kept) + sum(len(batch) for batch in list(self._in_flight.values()))
 
     async def deliver(self) -> int:
-        """Send what is kept; how many there were. Raises: StoreUnreachable; then they stay."""
-        kept = list(self._kept)
-        if not kept:
+        """Send the oldest AT_ONCE that are kept; how many there were. Raises: StoreUnreachable; then they stay."""
+        some = list(islice(self._kept, AT_ONCE))
+        if not some:
             return 0
         try:
-            await self._store.settle(kept)
+            await self._store.settle(some)
         except StoreUnreachable:
             raise
         except Exception:  # a bug, which would come again: a sweep settles what was last reported
             log.exception("settlements failed")
-        for _ in kept:
+        for _ in some:
             self._kept.popleft()
-        return len(kept)
+        return len(some)
 
     async def arrived(self) -> None:
         """Wait until nothing is under way."""

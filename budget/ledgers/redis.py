@@ -48,7 +48,7 @@ SCRIPTS = {
 
 
 class RedisStore:
-    """See budget.ledgers.leased.Store.
+    """See budget.ledgers.store.Store.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, with all that redis-py reads from it.
@@ -60,7 +60,6 @@ class RedisStore:
     Raises: ImportError without the extra `thinkgate[redis]`; ValueError for a URL that cannot be read.
     """
 
-    kind = "redis"
     is_prompt = True
 
     def __init__(
@@ -213,7 +212,7 @@ class RedisStore:
         first, last = (first_day - EPOCH).days, (last_day - EPOCH).days
         days = [int(day) for day in await wire.send(pack(b"ZRANGEBYSCORE", f"{self._tag}:days", first, last))]
         found = await asyncio.gather(*(wire.send(pack(b"HGETALL", f"{self._tag}:u:{day}")) for day in days))
-        return [row for day, fields in zip(days, found, strict=True) for row in _usage_rows(day, fields)]
+        return await asyncio.to_thread(_usage, days, found)
 
     async def health(self) -> LedgerHealth:
         """See Store."""
@@ -226,15 +225,11 @@ class RedisStore:
                 if more[0] < AT_ONCE:
                     break
         except StoreUnreachable as exc:
-            return LedgerHealth(kind=self.kind, is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
+            return LedgerHealth(kind="redis", is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
         held = Amounts(tokens=sums[1], thinking_tokens=sums[2], nano_usd=sums[3])
-        return LedgerHealth(kind=self.kind, is_reachable=True, holds=sums[0], held=held)
+        return LedgerHealth(kind="redis", is_reachable=True, holds=sums[0], held=held)
 
     # --------------------------------------------------------------------------------------- connection
-
-    async def connect(self) -> None:
-        """See Store."""
-        await self._line.open()
 
     async def close(self) -> None:
         """See Store."""
@@ -347,6 +342,11 @@ def _standings(reply: list[Any], limits: Sequence[Limit], needs: Mapping[Unit, i
     refused = refusal(tightest, needs[tightest.limit.unit])
     refused.standings = standings
     raise refused
+
+
+def _usage(days: Sequence[int], found: Sequence[Sequence[bytes]]) -> list[UsageRow]:
+    """The rows of these days. There may be many: to be called off the event loop."""
+    return [row for day, fields in zip(days, found, strict=True) for row in _usage_rows(day, fields)]
 
 
 def _usage_rows(day: int, fields: Sequence[bytes]) -> Iterator[UsageRow]:

@@ -1,7 +1,8 @@
 """The store in one SQLite file: durable, and shared by the worker processes of one machine.
 
 Owns: the file, its one writing thread per process, and transactions: calls wait in a queue, and whatever waits is
-carried out in order and committed as a group, off the event loop. Several processes take turns by SQLite's own lock.
+carried out in order and committed as a group, off the event loop. Several processes take turns by SQLite's own lock;
+what is only read, and may be long, is read beside them.
 Does not own: what a call does to the tables (sqlite_books.py).
 
 Durability: in WAL mode a commit survives the death of the process, `kill -9` included. With `synchronous=normal` a
@@ -19,17 +20,20 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from budget.errors import BudgetError, StoreUnreachable
 from budget.ledger import Amounts, LedgerHealth, Standing, UsageRow
-from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet
+from budget.ledgers.sqlite_books import SCHEMA, VERSION, Sheet, read_health, read_usage
 from budget.ledgers.store import Booking, Settlement
+from budget.records.sqlite import open_file
 
 T = TypeVar("T")
 MOST_CALLS = 128  # of one transaction: other processes want to write, too
+MOST_SWEEPS = 20  # transactions; the next sweep goes on
 BUSY_S = 2.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.0001, 0.001  # between two attempts to get it
 
@@ -45,7 +49,7 @@ class SqliteStore:
     """See budget.ledgers.store.Store. To be used from one event loop.
 
     Args:
-        path: of the file; it is created, and `-wal` and `-shm` beside it. Not on a network file system.
+        path: of the file; it is made, for this user only, and `-wal` and `-shm` beside it. On a local disk.
         clock: epoch seconds, the same for all processes.
         synchronous: what a loss of power may take: the last commits (`normal`), or nothing (`full`).
         busy_s: how long other processes may keep the file to themselves.
@@ -53,7 +57,6 @@ class SqliteStore:
     Raises: StoreUnreachable when the file cannot be used.
     """
 
-    kind = "sqlite"
     is_prompt = False
 
     def __init__(
@@ -71,7 +74,7 @@ class SqliteStore:
         self._is_closed = False
         try:
             self._connection = self._open(synchronous)
-        except sqlite3.Error as exc:
+        except (OSError, sqlite3.Error) as exc:
             raise StoreUnreachable(f"{path} cannot be used as a store: {exc}.") from exc
         self._sheet = Sheet(self._connection)
         self._thread = threading.Thread(target=self._work, name="thinkgate-sqlite", daemon=True)
@@ -97,18 +100,24 @@ class SqliteStore:
 
     async def sweep(self, lease_s: float) -> int:
         """See Store."""
-        return await self._call(lambda sheet: sheet.sweep(lease_s))
+        swept = 0
+        for _ in range(MOST_SWEEPS):
+            late, is_more = await self._call(lambda sheet: sheet.sweep(lease_s))
+            swept += late
+            if not is_more:
+                break
+        return swept
 
     async def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
         """See Store."""
-        return await self._call(lambda sheet: sheet.usage(first_day, last_day))
+        return await self._read(lambda connection: read_usage(connection, first_day, last_day))
 
     async def health(self) -> LedgerHealth:
         """See Store."""
         try:
-            return await self._call(lambda sheet: sheet.health())
+            return await self._read(read_health)
         except StoreUnreachable as exc:
-            return LedgerHealth(kind=self.kind, is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
+            return LedgerHealth(kind="sqlite", is_reachable=False, holds=0, held=Amounts(), detail=str(exc))
 
     async def close(self) -> None:
         """Carry out what waits, and close the file."""
@@ -125,6 +134,18 @@ class SqliteStore:
         else:
             self._calls.put(Call(work, future))
         return future
+
+    async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What a connection of its own finds after all that was called before; it keeps nobody from writing."""
+        await self._call(lambda _: None)
+        return await asyncio.to_thread(self._read_apart, read)
+
+    def _read_apart(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            with closing(sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                return read(connection)
+        except sqlite3.Error as exc:
+            raise StoreUnreachable(f"{self._path} cannot be read: {exc}.") from exc
 
     # ------------------------------------------------------------------------------------ the writing thread
 
@@ -200,9 +221,16 @@ class SqliteStore:
                 return
 
     def _open(self, synchronous: str) -> sqlite3.Connection:
-        """Open the file and see that it has our tables. Raises: sqlite3.Error, StoreUnreachable."""
-        connection = sqlite3.connect(self._path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
+        """Open the file and see that it has our tables. Raises: OSError, sqlite3.Error, StoreUnreachable."""
+        connection = open_file(self._path, busy_s=self._busy_s)
+        try:
+            self._prepare(connection, synchronous)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection, synchronous: str) -> None:
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         connection.execute("BEGIN IMMEDIATE")
         version = cast("int", connection.execute("PRAGMA user_version").fetchone()[0])
@@ -212,10 +240,8 @@ class SqliteStore:
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
         if version not in {0, VERSION}:
-            connection.close()
             raise StoreUnreachable(f"{self._path} was written by another version of thinkgate (schema {version}).")
         connection.execute("PRAGMA busy_timeout = 0")
-        return connection
 
 
 def _tell(calls: list[Call], outcomes: list[Any]) -> None:

@@ -1,8 +1,8 @@
 """What a store does, on the tables of one SQLite database, within one transaction.
 
-Owns: the schema, and every operation of a store on a `Sheet`: the accounts and usage that a transaction looks at,
-changed by the rules of budget/accounts.py and written once when it ends. Does not own: transactions,
-threads (sqlite.py).
+Owns: the schema, every operation of a store on a `Sheet`, which is the accounts and usage that a transaction looks at,
+changed by the rules of budget/accounts.py and written once when it ends, and what is only read. Does not own:
+transactions, threads (sqlite.py).
 Invariant: a row of `books` is one calendar window of one limit, or one rate; no row is ever reset.
 """
 
@@ -36,7 +36,8 @@ SCHEMA = (
         used_tokens INTEGER NOT NULL, used_thinking_tokens INTEGER NOT NULL, used_nano_usd INTEGER NOT NULL
     ) WITHOUT ROWID""",
     "CREATE INDEX open_holds ON holds (lease_end_s) WHERE state = 0",
-    "CREATE INDEX ended_holds ON holds (ended_s) WHERE ended_s IS NOT NULL",
+    "CREATE INDEX swept_holds ON holds (ended_s) WHERE state = 1",
+    "CREATE INDEX ended_holds ON holds (ended_s) WHERE state = 2",
     """CREATE TABLE usage (
         day INTEGER NOT NULL, scopes TEXT NOT NULL, mode TEXT NOT NULL, requests INTEGER NOT NULL,
         tokens INTEGER NOT NULL, thinking_tokens INTEGER NOT NULL, nano_usd INTEGER NOT NULL,
@@ -46,8 +47,12 @@ SCHEMA = (
 OPEN, SWEPT, ENDED = range(3)
 ENDED_KEPT_S = 120.0  # that what is told again is not counted again
 SWEPT_KEPT_S = 86_400.0  # for owners that were only paused: their own settlement is the better one
+FORGET = (  # by the state's own index, so that those kept for longer are not read each time
+    ("DELETE FROM holds WHERE id IN (SELECT id FROM holds WHERE state = 2 AND ended_s < ? LIMIT ?)", ENDED_KEPT_S),
+    ("DELETE FROM holds WHERE id IN (SELECT id FROM holds WHERE state = 1 AND ended_s < ? LIMIT ?)", SWEPT_KEPT_S),
+)
 MOST_KEPT = 10_000  # accounts in memory
-MOST_AT_ONCE = 1000  # of what a sweep does: others want to write, too
+MOST_AT_ONCE = 1000  # of what a sweep does in one transaction: others want to write, too
 DAY_S = 86_400
 EPOCH_ORDINAL = dt.date(1970, 1, 1).toordinal()
 ENDED_MESSAGE = "The hold has ended: its lease was over, and it was settled for its owner."
@@ -173,8 +178,8 @@ class Sheet:
         )
         return []
 
-    def sweep(self, lease_s: float) -> int:
-        """See Store.sweep; also forgets what nobody will ask for any more."""
+    def sweep(self, lease_s: float) -> tuple[int, bool]:
+        """See Store.sweep; also forgets what nobody will ask for any more. Returns: besides, whether there is more."""
         execute, now_s = self._connection.execute, self._now_s
         execute("UPDATE holds SET lease_end_s = ?1 WHERE state = 0 AND lease_end_s > ?1", (now_s + lease_s,))
         over = execute("SELECT id FROM holds WHERE state = 0 AND lease_end_s <= ? LIMIT ?", (now_s, MOST_AT_ONCE))
@@ -182,42 +187,9 @@ class Sheet:
         for row in rows:
             assert row is not None
             self._end(row, row.used, SWEPT)
-        execute(
-            "DELETE FROM holds WHERE id IN"
-            " (SELECT id FROM holds WHERE ended_s < ? AND (state = 2 OR ended_s < ?) LIMIT ?)",
-            (now_s - ENDED_KEPT_S, now_s - SWEPT_KEPT_S, MOST_AT_ONCE),
-        )
+        forgotten = [execute(query, (now_s - kept_s, MOST_AT_ONCE)).rowcount for query, kept_s in FORGET]
         execute("DELETE FROM usage WHERE day <= ?", (now_s // DAY_S - KEPT_DAYS,))
-        return len(rows)
-
-    def usage(self, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
-        """See Store.usage."""
-        self.close()
-        rows = self._connection.execute(
-            "SELECT day, scopes, mode, requests, tokens, thinking_tokens, nano_usd FROM usage"
-            " WHERE day BETWEEN ? AND ? AND requests > 0 ORDER BY day, scopes, mode",
-            (first_day.toordinal() - EPOCH_ORDINAL, last_day.toordinal() - EPOCH_ORDINAL),
-        )
-        return [
-            UsageRow(
-                day=dt.date.fromordinal(EPOCH_ORDINAL + day),
-                scopes=_scopes.decode(scopes),
-                mode=mode,
-                requests=requests,
-                tokens=tokens,
-                thinking_tokens=thinking_tokens,
-                nano_usd=nano_usd,
-            )
-            for day, scopes, mode, requests, tokens, thinking_tokens, nano_usd in rows
-        ]
-
-    def health(self) -> LedgerHealth:
-        """See Store.health."""
-        holds, tokens, thinking_tokens, nano_usd = self._connection.execute(
-            "SELECT count(*), total(tokens), total(thinking_tokens), total(nano_usd) FROM holds WHERE state = 0"
-        ).fetchone()
-        held = Amounts(tokens=int(tokens), thinking_tokens=int(thinking_tokens), nano_usd=int(nano_usd))
-        return LedgerHealth(kind="sqlite", is_reachable=True, holds=holds, held=held)
+        return len(rows), max(len(rows), *forgotten) == MOST_AT_ONCE
 
     # ------------------------------------------------------------------------------------------------ accounts
 
@@ -352,3 +324,33 @@ class Sheet:
 
 def _key(limit: Limit) -> Key:
     return limit.scope, limit.unit, limit.window or ""
+
+
+def read_usage(connection: sqlite3.Connection, first_day: dt.date, last_day: dt.date) -> list[UsageRow]:
+    """See Store.usage."""
+    rows = connection.execute(
+        "SELECT day, scopes, mode, requests, tokens, thinking_tokens, nano_usd FROM usage"
+        " WHERE day BETWEEN ? AND ? AND requests > 0 ORDER BY day, scopes, mode",
+        (first_day.toordinal() - EPOCH_ORDINAL, last_day.toordinal() - EPOCH_ORDINAL),
+    )
+    return [
+        UsageRow(
+            day=dt.date.fromordinal(EPOCH_ORDINAL + day),
+            scopes=_scopes.decode(scopes),
+            mode=mode,
+            requests=requests,
+            tokens=tokens,
+            thinking_tokens=thinking_tokens,
+            nano_usd=nano_usd,
+        )
+        for day, scopes, mode, requests, tokens, thinking_tokens, nano_usd in rows
+    ]
+
+
+def read_health(connection: sqlite3.Connection) -> LedgerHealth:
+    """See Store.health."""
+    holds, tokens, thinking_tokens, nano_usd = connection.execute(
+        "SELECT count(*), total(tokens), total(thinking_tokens), total(nano_usd) FROM holds WHERE state = 0"
+    ).fetchone()
+    held = Amounts(tokens=int(tokens), thinking_tokens=int(thinking_tokens), nano_usd=int(nano_usd))
+    return LedgerHealth(kind="sqlite", is_reachable=True, holds=holds, held=held)

@@ -62,11 +62,9 @@ class Store(Protocol):
     Calls are carried out in the order in which they were made.
 
     Attributes:
-        kind: as in the configuration.
         is_prompt: a call that is not carried out soon fails by itself; others may wait for as long as they like.
     """
 
-    kind: str
     is_prompt: bool
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:

@@ -1,6 +1,7 @@
 """Records in an SQLite file, for one machine: durable, and shared by any number of processes on it.
 
-Owns: the tables and their transactions. Every statement runs in one thread of its own, off the event loop, and every
+Owns: the tables and their transactions; and how a file of SQLite is made and opened, that of the budgets
+(ledgers/sqlite.py) too. Every statement runs in one thread of its own, off the event loop, and every
 change in one `BEGIN IMMEDIATE` transaction. A change of a lasting record, or of a log, is on the disk before it is
 answered; a change of a record with a time to live survives the process, but the last ones may be lost with the power.
 """
@@ -13,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from budget.records.port import Note, Record
 Answer = TypeVar("Answer")
 
 BUSY_S = 5.0  # how long one process waits for another's transaction
+PAUSE_S = 0.01  # between two attempts to switch to WAL
 PURGED_AT_ONCE = 200  # so that nobody waits long for the end of a purge
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS records (
@@ -161,13 +163,44 @@ class SqliteRecords:
             self._opened = None
 
 
+def open_file(path: Path, *, busy_s: float) -> sqlite3.Connection:
+    """A connection, in WAL mode, to the file at `path`, which is made, for this user only, if it is not there.
+
+    Transactions are the caller's. Any thread may use it, one at a time. For another process's transaction it waits
+    `busy_s` seconds, now and later.
+
+    Raises: OSError, sqlite3.Error.
+    """
+    # SQLite itself would make it readable for everybody. Where it is there already it is not opened here: to close it
+    # again would take away the locks that other connections of this process have on it.
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    db = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
+    try:
+        _use_wal(db, busy_s)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _use_wal(db: sqlite3.Connection, busy_s: float) -> None:
+    """Switch to a write-ahead log, for which SQLite does not wait by itself where processes start together."""
+    give_up_at = time.monotonic() + busy_s
+    while True:
+        try:
+            with closing(db.execute("PRAGMA journal_mode = WAL")):
+                return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                raise
+            time.sleep(PAUSE_S)
+
+
 def _open(path: Path) -> sqlite3.Connection:
     """A connection to the file, with its tables. Raises: sqlite3.Error, OSError."""
-    # It holds what secrets are compared with: SQLite itself would make it readable for everybody.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+    db = open_file(path, busy_s=BUSY_S)
     try:
-        _use_wal(db)
         with _change(db, synced=True):
             for statement in SCHEMA:
                 db.execute(statement)
@@ -175,19 +208,6 @@ def _open(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def _use_wal(db: sqlite3.Connection) -> None:
-    """Switch to a write-ahead log, for which SQLite does not wait by itself where processes start together."""
-    give_up_at = time.monotonic() + BUSY_S
-    while True:
-        try:
-            with closing(db.execute("PRAGMA journal_mode = WAL")):
-                return
-        except sqlite3.OperationalError:
-            if time.monotonic() > give_up_at:
-                raise
-            time.sleep(0.01)
 
 
 @contextmanager

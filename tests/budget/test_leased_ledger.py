@@ -126,6 +126,19 @@ async def test_a_swept_hold_cannot_be_extended(shared: LeasedPlace) -> None:
     assert await in_books(shared) == (0, 0, 0)
 
 
+async def test_limits_that_change_during_an_extension_stay_changed(shared: LeasedPlace) -> None:
+    """The next extension meets the limits that were set while the store was asked for this one."""
+    ledger = shared.ledger(tokens(100, "day"))
+    async with ledger.hold(["key:a"], TEN) as hold:
+        extending = asyncio.create_task(hold.extend(TEN))
+        await asyncio.sleep(0)
+        ledger.set_limits([tokens(25, "day")])
+        await extending
+        assert hold.ceiling == Amounts(tokens=20)
+        with pytest.raises(HoldRefused, match="5 of 25"):
+            await hold.extend(TEN)
+
+
 async def test_a_clock_set_back_does_not_keep_the_holds_of_the_dead(shared: LeasedPlace) -> None:
     """After a jump of an hour back, a dead process's hold is gone a lease after the next sweep."""
     heir = await left_behind(shared, Amounts(tokens=4))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import threading
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from budget.errors import BudgetError, HoldRefused
 from budget.ledger import Amounts, Remaining, UsageRow, Window
+from budget.ledgers import memory, redis, sqlite_books
 from tests.budget.clocks import NOON, TEN, tokens, utc
-from tests.budget.places import Place
+from tests.budget.places import LeasedPlace, Place
 
 
 async def test_a_hold_is_replaced_by_what_was_used(place: Place) -> None:
@@ -244,6 +247,14 @@ async def test_debt_is_booked(place: Place) -> None:
     assert ledger.figures().debt == Amounts(tokens=30, nano_usd=3)
 
 
+async def test_debt_of_thinking_alone_is_booked(place: Place) -> None:
+    """Thinking beyond a hold is debt also where the tokens in total and the money are within it."""
+    ledger = place.ledger()
+    async with ledger.hold(["key:a"], Amounts(tokens=10, thinking_tokens=4, nano_usd=9)) as hold:
+        hold.report(Amounts(tokens=10, thinking_tokens=6, nano_usd=9))
+    assert ledger.figures().debt == Amounts(thinking_tokens=2)
+
+
 async def test_usage_adds_up_by_day_scopes_and_mode(place: Place) -> None:
     """Settled requests are summed under all their scopes, their mode and the day of their hold."""
     ledger = place.ledger(tokens(1000))
@@ -264,6 +275,30 @@ async def test_usage_adds_up_by_day_scopes_and_mode(place: Place) -> None:
         replace(once, mode="reasoning", day=dt.date(2024, 5, 18))
     ]
     assert await ledger.usage(dt.date(2020, 1, 1), dt.date(2024, 5, 16)) == []
+
+
+async def test_a_long_table_of_usage_holds_up_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its rows are made, requests are held and settled, in this process and in others."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def row(**fields: Any) -> UsageRow:
+        begun.set()
+        assert goes_on.wait(10)
+        return UsageRow(**fields)
+
+    for module in (memory, redis, sqlite_books):
+        monkeypatch.setattr(module, "UsageRow", row)
+    ledger = place.ledger(tokens(1000))
+    async with ledger.hold(["key:a"], TEN):
+        pass
+    asked = asyncio.create_task(ledger.usage(NOON.date(), NOON.date()))
+    assert await asyncio.to_thread(begun.wait, 10)
+    for each in {ledger, place.ledger(tokens(1000)) if isinstance(place, LeasedPlace) else ledger}:
+        async with each.hold(["key:a", "org:new"], TEN) as hold:
+            hold.report(TEN)
+    goes_on.set()
+    (found,) = await asked
+    assert (found.scopes, found.requests, found.tokens) == (("key:a",), 1, 0)
 
 
 async def test_health_counts_what_is_open(place: Place) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from budget.errors import StoreUnreachable
 from budget.ledger import Amounts
+from budget.ledgers import sqlite
 from budget.ledgers.leased import LeasedLedger
 from budget.ledgers.sqlite import SqliteStore
-from budget.ledgers.sqlite_books import ENDED_KEPT_S, SWEPT_KEPT_S, VERSION
+from budget.ledgers.sqlite_books import ENDED, ENDED_KEPT_S, SWEPT, SWEPT_KEPT_S, VERSION
 from tests.budget.clocks import TEN, Clock, tokens
 from tests.budget.places import SqlitePlace
 
@@ -145,4 +146,74 @@ async def test_swept_holds_are_remembered_for_a_day(tmp_path: Path) -> None:
     await hold.__aexit__(None, None, None)
     await paused.health()
     assert rows(place, "SELECT settled, held FROM books") == [(3, 0)]
+    await place.close()
+
+
+def fill(place: SqlitePlace, number: int, state: int) -> None:
+    """Holds that have ended just now."""
+    row = "printf('%05d', value), '', ?, 0, ?, 0, '[]', '', '[]', 0, 0, 0, 0, 0, 0"
+    numbers = "WITH RECURSIVE numbers(value) AS (SELECT 1 UNION ALL SELECT value + 1 FROM numbers WHERE value < ?)"
+    with closing(sqlite3.connect(place.address)) as connection, connection:
+        connection.execute(
+            f"{numbers} INSERT INTO holds SELECT {row} FROM numbers",
+            (number, state, place.clock.now),
+        )
+
+
+@pytest.mark.parametrize(("state", "kept_s"), [(ENDED, ENDED_KEPT_S), (SWEPT, SWEPT_KEPT_S)])
+async def test_a_sweep_forgets_all_that_is_old(tmp_path: Path, state: int, kept_s: float) -> None:
+    """However many requests a second end, the holds that are kept do not grow without bound."""
+    place = SqlitePlace(tmp_path)
+    ledger = place.ledger()
+    fill(place, 5500, state)
+    place.clock.now += kept_s + 1
+    await ledger.beat()
+    assert rows(place, "SELECT count(*) FROM holds") == [(0,)]
+    await place.close()
+
+
+async def test_a_sweep_of_one_beat_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many, the next beat goes on: other calls are not kept waiting, whatever there is."""
+    monkeypatch.setattr(sqlite, "MOST_SWEEPS", 2)
+    place = SqlitePlace(tmp_path)
+    ledger = place.ledger()
+    fill(place, 2500, ENDED)
+    place.clock.now += ENDED_KEPT_S + 1
+    await ledger.beat()
+    assert rows(place, "SELECT count(*) FROM holds") == [(500,)]
+    await ledger.beat()
+    assert rows(place, "SELECT count(*) FROM holds") == [(0,)]
+    await place.close()
+
+
+async def test_all_holds_of_the_dead_are_swept_at_once(tmp_path: Path) -> None:
+    """Of a process with thousands of streams that died, none keeps its room for longer than the others."""
+    place = SqlitePlace(tmp_path)
+    dying, heir = place.ledger(), place.ledger()
+    await asyncio.gather(*(dying.hold(["key:a"], TEN).__aenter__() for _ in range(1500)))
+    await place.kill(dying)
+    place.clock.now += place.lease_s
+    await heir.beat()
+    assert (heir.figures().swept, (await heir.health()).holds) == (1500, 0)
+    await place.close()
+
+
+async def test_what_was_swept_costs_later_sweeps_nothing(tmp_path: Path) -> None:
+    """Swept holds, which are kept for a day, are not read by every sweep of that day."""
+    place = SqlitePlace(tmp_path)
+    ledger = place.ledger()
+    store = place.stores[0]
+    assert isinstance(store, SqliteStore)
+    steps: list[int] = []
+
+    async def sweep() -> int:
+        steps.clear()
+        await ledger.beat()
+        return len(steps)
+
+    store._connection.set_progress_handler(lambda: steps.append(1), 10)
+    before = await sweep()
+    fill(place, 2000, SWEPT)
+    place.clock.now += ENDED_KEPT_S + 1
+    assert await sweep() <= before + 10
     await place.close()

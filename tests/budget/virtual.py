@@ -66,7 +66,6 @@ class FaultyStore:
         self._store = store
         self.faults: deque[Fault | None] = deque()
         self.always: Fault | None = None
-        self.kind = store.kind
         self.is_prompt = store.is_prompt
 
     async def take(self, booking: Booking, lease_s: float, *, is_certain: bool = False) -> list[Standing]:
