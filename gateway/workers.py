@@ -96,33 +96,39 @@ class Workers:
             self._port = taken[0].getsockname()[1]  # free, and known if it was 0
         wake, woken = socket.socketpair()
         with wake, woken, _signals_to(self._signalled, woken):
-            for worker in self._workers:
-                self._start(worker)
-            while not self._is_ending:
-                wait([*self._sentinels(), wake], timeout=LOOK_S)
-                with contextlib.suppress(BlockingIOError):
-                    wake.recv(4096, socket.MSG_DONTWAIT)
-                status = self._look(time.monotonic())
-                if status is not None:
-                    self._end()
-                    return status
-            self._end()
+            try:
+                for worker in self._workers:
+                    self._start(worker)
+                return self._watch(wake)
+            finally:
+                self._end()  # whatever went wrong here: nobody serves unwatched
+
+    def _watch(self, wake: socket.socket) -> int:
+        """Look after them until told to end; returns the exit status."""
+        while not self._is_ending:
+            wait([*self._sentinels(), wake], timeout=LOOK_S)
+            with contextlib.suppress(BlockingIOError):
+                wake.recv(4096, socket.MSG_DONTWAIT)
+            status = self._look(time.monotonic())
+            if status is not None:
+                return status
         return 0
 
     def _sentinels(self) -> list[int]:
         return [worker.process.sentinel for worker in self._workers if worker.process is not None]
 
     def _start(self, worker: _Worker) -> None:
-        """A process for a worker, on sockets of its own."""
+        """A process for a worker, on sockets of its own. Raises: ConfigError, OSError."""
         self._signs[worker.number] = worker.seen = 0.0
         worker.looks, worker.started_s = 0, time.monotonic()
         with _sockets(self._config.server.host, self._port, shared=True) as sockets:
-            worker.process = self._context.Process(
+            process = self._context.Process(
                 target=work,
                 args=(self._source, sockets, self._folder, worker.number, self._signs),
                 name=f"thinkgate-{worker.number}",
             )
-            worker.process.start()
+            process.start()
+        worker.process = process
 
     def _look(self, now_s: float) -> int | None:
         """Restart who died, end who hangs; the exit status where none can ever serve."""
@@ -130,7 +136,7 @@ class Workers:
             process = worker.process
             if process is None:
                 if now_s >= worker.not_before_s:
-                    self._start(worker)
+                    self._start_again(worker, now_s)
             elif not process.is_alive():
                 if (process.exitcode or 0) > 0 and not self._was_ready and not self._signs[worker.number]:
                     log.error("a worker cannot start", extra={"worker": worker.number, "status": process.exitcode})
@@ -144,13 +150,25 @@ class Workers:
             self._on_ready(self._port)
         return None
 
+    def _start_again(self, worker: _Worker, now_s: float) -> None:
+        """A successor, or a later attempt: the others serve on where this one has no port, process or memory."""
+        try:
+            self._start(worker)
+        except (ConfigError, OSError) as exc:
+            worker.pause_s = _longer(worker.pause_s)
+            worker.not_before_s = now_s + worker.pause_s
+            log.error(  # noqa: TRY400  # the machine's trouble: a traceback would say nothing
+                "a worker cannot be restarted",
+                extra={"worker": worker.number, "reason": str(exc), "restart_s": worker.pause_s},
+            )
+
     def _bury(self, worker: _Worker, process: BaseProcess, now_s: float) -> None:
         process.join()
         process.close()
         worker.process = None
         forget_gauges(self._folder, worker.number)
         lived_s = now_s - worker.started_s
-        worker.pause_s = 0.0 if lived_s > SHORT_LIFE_S else min(LONGEST_PAUSE_S, 2 * worker.pause_s or FIRST_PAUSE_S)
+        worker.pause_s = 0.0 if lived_s > SHORT_LIFE_S else _longer(worker.pause_s)
         worker.not_before_s = now_s + worker.pause_s
         log.error(
             "a worker died", extra={"worker": worker.number, "lived_s": round(lived_s, 1), "restart_s": worker.pause_s}
@@ -186,6 +204,10 @@ class Workers:
                 log.error("a worker did not end in time and is killed", extra={"pid": process.pid})
                 process.kill()
                 process.join()
+
+
+def _longer(pause_s: float) -> float:
+    return min(LONGEST_PAUSE_S, 2 * pause_s or FIRST_PAUSE_S)
 
 
 def work(source: Source, sockets: list[socket.socket], folder: Path, number: int, signs: Any) -> None:  # noqa: ANN401  # a ctypes array
