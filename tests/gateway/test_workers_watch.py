@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gateway.config import Config
-from gateway.workers import FIRST_PAUSE_S, SHORT_LIFE_S, Source, Workers
+from gateway.workers import FAILED, FIRST_PAUSE_S, HUNG_AFTER_LOOKS, SHORT_LIFE_S, Source, Workers
 
 LONG_S = 10 * SHORT_LIFE_S
 
@@ -87,6 +87,11 @@ class Watched:
             self.workers._start(worker)
         return self.machine.made[-2:]
 
+    def give_signs(self) -> None:
+        """Both are alive."""
+        for worker in self.workers._workers:
+            self.workers._signs.life[worker.number] += 1.0
+
 
 def free_port() -> int:
     """One that nobody listens on."""
@@ -124,7 +129,7 @@ def test_nobody_serves_on_unwatched(watched: Watched) -> None:
 def test_a_restart_that_fails_is_tried_again_later(watched: Watched, is_port_taken: bool) -> None:
     """With its port taken meanwhile, or no process to be had, a worker is missing until its next try; others stay."""
     first, second = watched.start()
-    watched.workers._signs[0] = watched.workers._signs[1] = 1.0
+    watched.give_signs()
     second.exitcode = -signal.SIGKILL
     assert watched.workers._look(LONG_S) is None
     (dead,) = [worker for worker in watched.workers._workers if worker.process is None]
@@ -140,5 +145,54 @@ def test_a_restart_that_fails_is_tried_again_later(watched: Watched, is_port_tak
         assert len(watched.workers._sentinels()) == 1
     watched.machine.failure = None
     assert watched.workers._look(dead.not_before_s) is None
-    assert dead.process is watched.machine.made[-1]
+    assert len(watched.workers._sentinels()) == 2
     assert (first.got, len(watched.machine.made)) == ([], 3)
+
+
+def test_ready_is_more_than_alive(watched: Watched) -> None:
+    """The port is told once, when every worker has a backend for every model, however long they live without."""
+    watched.start()
+    for ready in ([0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]):
+        watched.give_signs()
+        watched.workers._signs.ready[:] = ready
+        assert watched.workers._look(LONG_S) is None
+        assert watched.ports == [watched.workers._port] * (ready == [1.0, 1.0])
+
+
+def test_a_worker_that_hangs_before_it_is_ready_is_killed(watched: Watched) -> None:
+    """Signs of life count from when it listens, also while a backend is down."""
+    first, second = watched.start()
+    for _ in range(HUNG_AFTER_LOOKS + 1):
+        watched.workers._signs.life[1] += 1.0
+        watched.workers._signs.life[0] = 1.0
+        watched.workers._look(LONG_S)
+    assert (first.got, second.got, watched.ports) == ([signal.SIGKILL], [], [])
+
+
+def test_a_reload_reaches_workers_that_wait_for_a_backend(watched: Watched) -> None:
+    """SIGHUP goes to all that listen, ready or not, and to none that may not have a handler for it yet."""
+    first, second = watched.start()
+    watched.workers._signs.life[0] = 1.0
+    watched.workers._signalled(signal.SIGHUP)
+    assert (first.got, second.got) == ([signal.SIGHUP], [])
+
+
+def test_a_worker_that_served_and_fails_does_not_end_the_gateway(watched: Watched) -> None:
+    """While a backend is down: who listened once is started again, also when its successor fails at once."""
+    first, _ = watched.start()
+    now_s = LONG_S
+    watched.give_signs()
+    for dying in (first, None):
+        (dying or watched.machine.made[-1]).exitcode = FAILED
+        assert watched.workers._look(now_s) is None
+        now_s += LONG_S
+        assert watched.workers._look(now_s) is None
+    assert (len(watched.machine.made), watched.ports) == (4, [])
+
+
+def test_a_worker_that_never_listened_and_fails_ends_the_gateway(watched: Watched) -> None:
+    """What only a worker finds wrong is not tried again, also while others serve."""
+    _, second = watched.start()
+    watched.workers._signs.life[0] = 1.0
+    second.exitcode = FAILED
+    assert watched.workers._look(LONG_S) == FAILED
