@@ -7,11 +7,13 @@ import base64
 import hashlib
 import hmac
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from pydantic import ValidationError
@@ -112,6 +114,38 @@ async def test_a_call_that_fails_is_made_again_with_the_same_id(status: int | No
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
     assert len({headers["webhook-timestamp"] for headers, _ in receiver.got}) == 3
     assert len({headers["webhook-signature"] for headers, _ in receiver.got}) == 3
+
+
+async def test_all_calls_share_a_client_made_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one reads the CA bundle, so it happens once, and in a thread."""
+    made_in: list[threading.Thread] = []
+    make = httpx.AsyncClient
+
+    def made(**options: Any) -> httpx.AsyncClient:
+        made_in.append(threading.current_thread())
+        return make(**options)
+
+    monkeypatch.setattr("gateway.webhook.httpx.AsyncClient", made)
+    async with receiving(500) as receiver:
+        calling = Calling(webhook_url=receiver.url)
+        assert await calling.deliver(messages=2) == {"sent": 2}
+    assert len(receiver.got) == 3
+    assert len(made_in) == 1
+    assert made_in[0] is not threading.current_thread()
+
+
+async def test_a_call_under_way_at_the_end_is_counted() -> None:
+    """What the gateway was still trying to send when it ended is dropped, once, like what waited behind it."""
+    calling = Calling(webhook_url="http://127.0.0.1:1/hook")
+    calling.webhook._sleep = asyncio.Event().wait  # type: ignore[assignment]  # a pause without an end
+    calling.webhook.send("news", News())
+    calling.webhook.send("news", News())
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(calling.webhook.run())
+        while calling.webhook._waiting.qsize() == 2:
+            await asyncio.sleep(0)
+        running.cancel()
+    assert calling.counts.cells == {("dropped",): 2}
 
 
 async def test_attempts_end() -> None:
