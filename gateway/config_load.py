@@ -6,6 +6,7 @@ environment. The only module that looks at environment variables.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from gateway.config import Config
 
 ENV_PREFIX = "THINKGATE_"
 SHORTEST_HASH_SECRET = 16
+WEBHOOK_MARK = "whsec_"
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MODEL_PATH = ".cache/models/smollm2-135m-instruct"
 
@@ -226,15 +228,29 @@ def key_hash_secret(config: Config, *, env: Mapping[str, str] | None = None) -> 
     return secret or None
 
 
-def webhook_secret(config: Config, *, env: Mapping[str, str] | None = None) -> str:
-    """What webhook calls are signed with; empty if there are none. Raises: ConfigError when its variable is unset."""
+def webhook_secret(config: Config, *, env: Mapping[str, str] | None = None) -> bytes:
+    """What signs webhook calls: the bytes in base64 after `whsec_`, or else the text; empty if there are none.
+
+    Raises: ConfigError when its variable is unset, or holds something else after `whsec_`.
+    """
     variable = config.alerts.secret_env
     if variable is None:
-        return ""
+        return b""
     secret = environment(env).get(variable, "").strip()
     if not secret:
         raise ConfigError(f"alerts.secret_env: the variable {variable} is unset or empty")
-    return secret
+    if not secret.startswith(WEBHOOK_MARK):
+        return secret.encode()
+    try:
+        key = base64.b64decode(secret.removeprefix(WEBHOOK_MARK), validate=True)
+    except ValueError:
+        key = b""
+    if not key:
+        raise ConfigError(
+            f"alerts.secret_env: what the variable {variable} has after {WEBHOOK_MARK} is no base64, padding included; "
+            f"copy the receiver's secret again, or make one: {WEBHOOK_MARK}$(openssl rand -base64 32)"
+        )
+    return key
 
 
 def backend_api_key(variable: str | None, *, where: str, env: Mapping[str, str] | None = None) -> str | None:

@@ -60,12 +60,12 @@ class Webhook:
         self._waiting: asyncio.Queue[_Message] = asyncio.Queue(MOST_WAITING)
         self._config: AlertsConfig | None = None
         self._client: httpx.AsyncClient | None = None
-        self._secret = b""
+        self._key = b""
 
-    def configure(self, config: AlertsConfig, secret: str) -> None:
-        """Whom to call from now on, also with what waits already."""
+    def configure(self, config: AlertsConfig, key: bytes) -> None:
+        """Whom to call from now on, also with what waits already, and the key that signs."""
         self._config = config
-        self._secret = signing_key(secret)
+        self._key = key
 
     def send(self, kind: str, data: msgspec.Struct) -> None:
         """Queue a message; it is dropped, and counted, if too many wait. Without a webhook nothing happens."""
@@ -128,7 +128,7 @@ class Webhook:
             "content-type": "application/json",
             "webhook-id": message.id,
             "webhook-timestamp": str(now_s),
-            "webhook-signature": signature(self._secret, message.id, now_s, message.body),
+            "webhook-signature": signature(self._key, message.id, now_s, message.body),
         }
         try:
             async with asyncio.timeout(timeout_s):
@@ -149,16 +149,6 @@ class Webhook:
 class _Failure(NamedTuple):
     text: str
     is_final: bool
-
-
-def signing_key(secret: str) -> bytes:
-    """The bytes of a secret: those of the base64 text after `whsec_`, or else of the text itself."""
-    if secret.startswith("whsec_"):
-        try:
-            return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        except ValueError:
-            pass
-    return secret.encode()
 
 
 def signature(key: bytes, id: str, timestamp_s: int, body: bytes) -> str:
