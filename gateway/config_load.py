@@ -202,6 +202,7 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
     """
     variables = environment(env)
     digests: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for i, key in enumerate(config.keys):
         if key.secret_sha256 is not None:
             digest = key.secret_sha256.lower()
@@ -210,9 +211,9 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
             if not secret:
                 raise ConfigError(f"keys[{i}].secret_env: the variable {key.secret_env} is unset or empty")
             digest = hashlib.sha256(secret.encode()).hexdigest()
-        twin = next((name for name, other in digests.items() if other == digest), None)
-        if twin is not None:
-            raise ConfigError(f"keys[{i}]: has the same secret as key {twin!r}")
+        if digest in owners:
+            raise ConfigError(f"keys[{i}]: has the same secret as key {owners[digest]!r}")
+        owners[digest] = key.id
         digests[key.id] = digest
     return digests
 

@@ -236,7 +236,7 @@ async def test_a_running_gateway_keeps_its_store(
     path = tmp_path / "thinkgate.yaml"
     async with live(stored(scripted, in_file(tmp_path))) as gateway:
         path.write_text(json.dumps(tree_of(scripted)))
-        Reloader(gateway.gateway, path)._reload()
+        await Reloader(gateway.gateway, path)._reload()
         assert gateway.metric("thinkgate_config_reload_failed") == 1
     assert "store: cannot change while running: restart instead" in str(
         [getattr(record, "problems", "") for record in gateway.logs.records]
