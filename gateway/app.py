@@ -241,12 +241,17 @@ class Gateway(FastAPI):
             finally:
                 for task in background:
                     task.cancel()
-                for slot, task in self._slots.values():
-                    task.cancel()
-                    await slot.backend.close()
-                await self.ledger.close()
-                await self.stored.records.close()
-                self.lines.close()
+                await self._close()
+
+    async def _close(self) -> None:
+        """Let go of everything, each whatever the others do: first backends, then the ledger with its settlements."""
+        async with contextlib.AsyncExitStack() as last_comes_first:
+            last_comes_first.callback(self.lines.close)
+            last_comes_first.push_async_callback(self.stored.records.close)
+            last_comes_first.push_async_callback(self.ledger.close)
+            for slot, task in self._slots.values():
+                task.cancel()
+                last_comes_first.push_async_callback(slot.backend.close)
 
     def _watch_slots(self) -> None:
         """Keep a probing task for every slot in use; close the backends of slots that are gone."""

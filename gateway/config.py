@@ -7,6 +7,7 @@ environment (config_load.py), nor secrets, which are only named here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -265,8 +266,8 @@ class Config(Section):
         return self
 
     def _key_problems(self) -> list[str]:
-        ids = [key.id for key in self.keys]
-        problems = [f"keys: id {name!r} stands twice" for name in sorted(set(ids)) if ids.count(name) > 1]
+        counts = Counter(key.id for key in self.keys)
+        problems = [f"keys: id {name!r} stands twice" for name in sorted(counts) if counts[name] > 1]
         problems += [
             f"keys[{i}].models: {name!r} is not under `models` ({', '.join(self.models)})"
             for i, key in enumerate(self.keys)
@@ -277,7 +278,7 @@ class Config(Section):
 
     def _limit_problems(self) -> list[str]:
         problems = []
-        keys = [key.id for key in self.keys] or ["anyone"]
+        keys = dict.fromkeys([key.id for key in self.keys] or ["anyone"])  # for its order, and found at once
         seen: dict[tuple[str, str, str | None], int] = {}
         for i, limit in enumerate(self.limits):
             first = seen.setdefault((limit.scope, limit.unit, limit.window), i)
@@ -290,7 +291,7 @@ class Config(Section):
         """Why a limit cannot be held under this configuration, as (`.field`, text); `keys` are the ids there are."""
         problems = []
         kind, _, name = limit.scope.partition(":")
-        known = {"model": list(self.models), "key": keys}
+        known: dict[str, Collection[str]] = {"model": self.models, "key": keys}
         if name not in known.get(kind, [name]):
             problems.append((".scope", f"{name!r} is not under `{kind}s` ({', '.join(known[kind])})"))
         reached = [name] if kind == "model" else list(self.models)

@@ -6,6 +6,7 @@ environment. The only module that looks at environment variables.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from gateway.config import Config
 
 ENV_PREFIX = "THINKGATE_"
 SHORTEST_HASH_SECRET = 16
+WEBHOOK_MARK = "whsec_"
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MODEL_PATH = ".cache/models/smollm2-135m-instruct"
 
@@ -200,6 +202,7 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
     """
     variables = environment(env)
     digests: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for i, key in enumerate(config.keys):
         if key.secret_sha256 is not None:
             digest = key.secret_sha256.lower()
@@ -208,9 +211,9 @@ def secret_sha256s(config: Config, *, env: Mapping[str, str] | None = None) -> d
             if not secret:
                 raise ConfigError(f"keys[{i}].secret_env: the variable {key.secret_env} is unset or empty")
             digest = hashlib.sha256(secret.encode()).hexdigest()
-        twin = next((name for name, other in digests.items() if other == digest), None)
-        if twin is not None:
-            raise ConfigError(f"keys[{i}]: has the same secret as key {twin!r}")
+        if digest in owners:
+            raise ConfigError(f"keys[{i}]: has the same secret as key {owners[digest]!r}")
+        owners[digest] = key.id
         digests[key.id] = digest
     return digests
 
@@ -226,15 +229,29 @@ def key_hash_secret(config: Config, *, env: Mapping[str, str] | None = None) -> 
     return secret or None
 
 
-def webhook_secret(config: Config, *, env: Mapping[str, str] | None = None) -> str:
-    """What webhook calls are signed with; empty if there are none. Raises: ConfigError when its variable is unset."""
+def webhook_secret(config: Config, *, env: Mapping[str, str] | None = None) -> bytes:
+    """What signs webhook calls: the bytes in base64 after `whsec_`, or else the text; empty if there are none.
+
+    Raises: ConfigError when its variable is unset, or holds something else after `whsec_`.
+    """
     variable = config.alerts.secret_env
     if variable is None:
-        return ""
+        return b""
     secret = environment(env).get(variable, "").strip()
     if not secret:
         raise ConfigError(f"alerts.secret_env: the variable {variable} is unset or empty")
-    return secret
+    if not secret.startswith(WEBHOOK_MARK):
+        return secret.encode()
+    try:
+        key = base64.b64decode(secret.removeprefix(WEBHOOK_MARK), validate=True)
+    except ValueError:
+        key = b""
+    if not key:
+        raise ConfigError(
+            f"alerts.secret_env: what the variable {variable} has after {WEBHOOK_MARK} is no base64, padding included; "
+            f"copy the receiver's secret again, or make one: {WEBHOOK_MARK}$(openssl rand -base64 32)"
+        )
+    return key
 
 
 def backend_api_key(variable: str | None, *, where: str, env: Mapping[str, str] | None = None) -> str | None:

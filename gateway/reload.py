@@ -57,12 +57,13 @@ class Reloader:
             fingerprint = await asyncio.to_thread(self._fingerprint)
             if was_asked or fingerprint != self._seen:
                 self._seen = fingerprint
-                self._reload()
+                await self._reload()
 
-    def _reload(self) -> None:
+    async def _reload(self) -> None:
         metrics = self._gateway.metrics
         try:
-            config = load_config(self._path, overrides=self._overrides)
+            # In a thread: with thousands of keys, parsing and validation take seconds, and streams would stand still.
+            config = await asyncio.to_thread(load_config, self._path, overrides=self._overrides)
             self._refuse_fixed(config)
             self._gateway.reload(config)
         except ConfigError as exc:

@@ -61,19 +61,22 @@ async def serve_completion(
     record.begin(prepared)
     scopes = (*key.scopes, prepared.model.scope)
     while True:  # once, but for a request that goes down the degrade ladder
-        hold = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode)
+        hold, is_held = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode), False
         try:
             async with hold:
+                is_held = True
                 record.is_offline = hold.is_offline
                 if prepared.degraded:
                     record.begin(prepared)
                 await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
                 return
-        except StoreUnreachable as exc:
-            raise refusal(exc, gateway.limit_headers(hold)) from exc
-        except HoldRefused as exc:
+        except (HoldRefused, StoreUnreachable) as exc:
+            if (
+                is_held
+            ):  # it came up later, of a hold that was there: the answer may have begun, and begins no second time
+                raise
             request = Request(body, surface, key, state.models, state.config)
-            lower = one_step_down(request, prepared, hold, exc)
+            lower = one_step_down(request, prepared, hold, exc) if isinstance(exc, HoldRefused) else None
             if lower is None:
                 raise refusal(exc, gateway.limit_headers(hold)) from exc
             prepared = lower

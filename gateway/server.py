@@ -38,6 +38,7 @@ class Server(uvicorn.Server):
     Args:
         gateway: the app it serves.
         reloader: None when there is no file to reload.
+        on_listening: told once that it answers requests, whether or not a backend is up.
         on_ready: told once that every model has a backend, with the port.
         beside: what else runs as long as it serves.
     """
@@ -48,6 +49,7 @@ class Server(uvicorn.Server):
         reloader: Reloader | None,
         *,
         on_ready: Callable[[int], None],
+        on_listening: Callable[[], None] = lambda: None,
         beside: Sequence[Coroutine[None, None, None]] = (),
     ) -> None:
         server = gateway.serving.config.server
@@ -71,6 +73,7 @@ class Server(uvicorn.Server):
         self._gateway = gateway
         self._reloader = reloader
         self._on_ready = on_ready
+        self._on_listening = on_listening
         self._beside = beside
 
     def run_to_the_end(self, sockets: list[socket.socket] | None = None) -> int:
@@ -103,6 +106,8 @@ class Server(uvicorn.Server):
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             for listener in (sock for server in self.servers for sock in server.sockets):
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+        if self.started:
+            self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop accepting; running requests may finish within the drain time."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gateway.config_budgets import StoreConfig
 
 NO_REDIS = "store.kind: redis needs more packages: install thinkgate with the extra `redis`"
+# Fixed, and raised without its cause: a parser's complaint quotes the URL, and that may be part of its password.
+NO_URL = "store.url: is no URL: write redis://user:password@host:6379/0, and percent-encode what stands in the password"
 
 
 def open_ledger(store: StoreConfig, limits: Sequence[Limit], *, clock: Callable[[], float]) -> Ledger:
@@ -56,8 +58,8 @@ def _books(store: StoreConfig, clock: Callable[[], float]) -> Store:
         return RedisStore(store.url, timeout_s=store.timeout_s)
     except ImportError as exc:
         raise ConfigError(NO_REDIS) from exc
-    except ValueError as exc:
-        raise ConfigError(f"store.url: {exc}") from exc
+    except ValueError:
+        raise ConfigError(NO_URL) from None
 
 
 def open_records(store: StoreConfig, *, clock: Callable[[], float]) -> Records:
@@ -77,6 +79,6 @@ def open_records(store: StoreConfig, *, clock: Callable[[], float]) -> Records:
             raise ConfigError(NO_REDIS) from exc
         try:
             return RedisRecords(store.url)
-        except ValueError as exc:
-            raise ConfigError(f"store.url: {exc}") from exc
+        except ValueError:
+            raise ConfigError(NO_URL) from None
     return MemoryRecords(clock=clock)

@@ -15,7 +15,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import httpx
 import msgspec
@@ -28,6 +28,9 @@ log = logging.getLogger("thinkgate.webhook")
 MOST_WAITING = 100
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 FINAL = frozenset(range(400, 500)) - {408, 425, 429}  # the receiver will not have it, however often it is sent
+
+
+Outcome = Literal["sent", "failed", "dropped"]
 
 
 class _Message(NamedTuple):
@@ -56,12 +59,13 @@ class Webhook:
         self._sleep = sleep
         self._waiting: asyncio.Queue[_Message] = asyncio.Queue(MOST_WAITING)
         self._config: AlertsConfig | None = None
-        self._secret = b""
+        self._client: httpx.AsyncClient | None = None
+        self._key = b""
 
-    def configure(self, config: AlertsConfig, secret: str) -> None:
-        """Whom to call from now on, also with what waits already."""
+    def configure(self, config: AlertsConfig, key: bytes) -> None:
+        """Whom to call from now on, also with what waits already, and the key that signs."""
         self._config = config
-        self._secret = signing_key(secret)
+        self._key = key
 
     def send(self, kind: str, data: msgspec.Struct) -> None:
         """Queue a message; it is dropped, and counted, if too many wait. Without a webhook nothing happens."""
@@ -85,26 +89,37 @@ class Webhook:
             while not self._waiting.empty():
                 self._waiting.get_nowait()
                 self._drop()
+            if self._client is not None:
+                await self._client.aclose()
 
     def _drop(self) -> None:
         self._calls.add("dropped")
         log.warning("webhook call dropped")
 
     async def _deliver(self, message: _Message) -> None:
-        """Until it is taken, refused for good or tried often enough."""
+        """Count what becomes of a message, also when the gateway ends before that is known."""
+        outcome: Outcome = "dropped"
+        try:
+            outcome = await self._outcome(message)
+        finally:
+            if outcome == "dropped":
+                self._drop()
+            else:
+                self._calls.add(outcome)
+
+    async def _outcome(self, message: _Message) -> Outcome:
+        """Try until it is taken, refused for good or tried often enough."""
         pause_s, attempt = FIRST_PAUSE_S, 1
         while (config := self._config) is not None and config.webhook_url is not None:
             why = await self._attempt(message, config.webhook_url, config.timeout_s)
             if why is None:
-                self._calls.add("sent")
-                return
+                return "sent"
             log.warning("webhook call failed", extra={"attempt": attempt, "reason": why.text})
             if why.is_final or attempt >= config.attempts:
-                self._calls.add("failed")
-                return
+                return "failed"
             await self._sleep(pause_s)
             pause_s, attempt = min(2 * pause_s, LONGEST_PAUSE_S), attempt + 1
-        self._drop()
+        return "dropped"
 
     async def _attempt(self, message: _Message, url: str, timeout_s: float) -> _Failure | None:
         """One POST; None if it was taken."""
@@ -113,11 +128,14 @@ class Webhook:
             "content-type": "application/json",
             "webhook-id": message.id,
             "webhook-timestamp": str(now_s),
-            "webhook-signature": signature(self._secret, message.id, now_s, message.body),
+            "webhook-signature": signature(self._key, message.id, now_s, message.body),
         }
         try:
-            async with asyncio.timeout(timeout_s), httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
-                answer = await client.post(url, content=message.body, headers=headers)
+            async with asyncio.timeout(timeout_s):
+                if self._client is None:
+                    # It reads the CA bundle: tens of milliseconds, in which no stream must stand still.
+                    self._client = await asyncio.to_thread(httpx.AsyncClient, trust_env=False)
+                answer = await self._client.post(url, content=message.body, headers=headers, timeout=timeout_s)
         except (httpx.HTTPError, TimeoutError) as exc:
             return _Failure(type(exc).__name__, is_final=False)
         except Exception:  # a bug must not end what runs beside it
@@ -131,16 +149,6 @@ class Webhook:
 class _Failure(NamedTuple):
     text: str
     is_final: bool
-
-
-def signing_key(secret: str) -> bytes:
-    """The bytes of a secret: those of the base64 text after `whsec_`, or else of the text itself."""
-    if secret.startswith("whsec_"):
-        try:
-            return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        except ValueError:
-            pass
-    return secret.encode()
 
 
 def signature(key: bytes, id: str, timestamp_s: int, body: bytes) -> str:

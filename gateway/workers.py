@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import operator
 import os
 import signal
 import socket
@@ -51,12 +52,25 @@ class Source(NamedTuple):
     overrides: Mapping[str, object]
 
 
+class Signs(NamedTuple):
+    """What workers tell who watches them, in shared memory, by their number (ctypes arrays).
+
+    Attributes:
+        life: raised once a second as soon as it listens, whether or not a backend is up; 0 before.
+        ready: 1 once all models had a backend.
+    """
+
+    life: Any
+    ready: Any
+
+
 @dataclass(eq=False)
 class _Worker:
     """One of them, and its successors.
 
     Attributes:
         seen: its last sign of life, and how many looks ago that was.
+        has_served: it or a predecessor could start.
         not_before_s: when it may be started again.
     """
 
@@ -65,6 +79,7 @@ class _Worker:
     started_s: float = 0.0
     seen: float = 0.0
     looks: int = 0
+    has_served: bool = False
     pause_s: float = 0.0
     not_before_s: float = 0.0
 
@@ -85,7 +100,8 @@ class Workers:
         self._folder = folder
         self._on_ready = on_ready
         self._context = multiprocessing.get_context("spawn")
-        self._signs = self._context.Array("d", config.server.workers, lock=False)
+        life, ready = (self._context.Array("d", config.server.workers, lock=False) for _ in range(2))
+        self._signs = Signs(life, ready)
         self._workers = [_Worker(number) for number in range(config.server.workers)]
         self._port = config.server.port
         self._was_ready = self._is_ending = False
@@ -96,53 +112,72 @@ class Workers:
             self._port = taken[0].getsockname()[1]  # free, and known if it was 0
         wake, woken = socket.socketpair()
         with wake, woken, _signals_to(self._signalled, woken):
-            for worker in self._workers:
-                self._start(worker)
-            while not self._is_ending:
-                wait([*self._sentinels(), wake], timeout=LOOK_S)
-                with contextlib.suppress(BlockingIOError):
-                    wake.recv(4096, socket.MSG_DONTWAIT)
-                status = self._look(time.monotonic())
-                if status is not None:
-                    self._end()
-                    return status
-            self._end()
+            try:
+                for worker in self._workers:
+                    self._start(worker)
+                return self._watch(wake)
+            finally:
+                self._end()  # whatever went wrong here: nobody serves unwatched
+
+    def _watch(self, wake: socket.socket) -> int:
+        """Look after them until told to end; returns the exit status."""
+        while not self._is_ending:
+            wait([*self._sentinels(), wake], timeout=LOOK_S)
+            with contextlib.suppress(BlockingIOError):
+                wake.recv(4096, socket.MSG_DONTWAIT)
+            status = self._look(time.monotonic())
+            if status is not None:
+                return status
         return 0
 
     def _sentinels(self) -> list[int]:
         return [worker.process.sentinel for worker in self._workers if worker.process is not None]
 
     def _start(self, worker: _Worker) -> None:
-        """A process for a worker, on sockets of its own."""
-        self._signs[worker.number] = worker.seen = 0.0
+        """A process for a worker, on sockets of its own. Raises: ConfigError, OSError."""
+        self._signs.life[worker.number] = self._signs.ready[worker.number] = worker.seen = 0.0
         worker.looks, worker.started_s = 0, time.monotonic()
         with _sockets(self._config.server.host, self._port, shared=True) as sockets:
-            worker.process = self._context.Process(
+            process = self._context.Process(
                 target=work,
                 args=(self._source, sockets, self._folder, worker.number, self._signs),
                 name=f"thinkgate-{worker.number}",
             )
-            worker.process.start()
+            process.start()
+        worker.process = process
 
     def _look(self, now_s: float) -> int | None:
         """Restart who died, end who hangs; the exit status where none can ever serve."""
         for worker in self._workers:
             process = worker.process
+            worker.has_served |= self._signs.life[worker.number] > 0
             if process is None:
                 if now_s >= worker.not_before_s:
-                    self._start(worker)
+                    self._start_again(worker, now_s)
             elif not process.is_alive():
-                if (process.exitcode or 0) > 0 and not self._was_ready and not self._signs[worker.number]:
+                if (process.exitcode or 0) > 0 and not worker.has_served:
                     log.error("a worker cannot start", extra={"worker": worker.number, "status": process.exitcode})
                     return FAILED
                 self._bury(worker, process, now_s)
             elif self._is_hung(worker):
                 log.error("a worker hangs and is killed", extra={"worker": worker.number, "pid": process.pid})
                 process.kill()
-        if not self._was_ready and all(self._signs):
+        if not self._was_ready and all(self._signs.ready):
             self._was_ready = True
             self._on_ready(self._port)
         return None
+
+    def _start_again(self, worker: _Worker, now_s: float) -> None:
+        """A successor, or a later attempt: the others serve on where this one has no port, process or memory."""
+        try:
+            self._start(worker)
+        except (ConfigError, OSError) as exc:
+            worker.pause_s = _longer(worker.pause_s)
+            worker.not_before_s = now_s + worker.pause_s
+            log.error(  # noqa: TRY400  # the machine's trouble: a traceback would say nothing
+                "a worker cannot be restarted",
+                extra={"worker": worker.number, "reason": str(exc), "restart_s": worker.pause_s},
+            )
 
     def _bury(self, worker: _Worker, process: BaseProcess, now_s: float) -> None:
         process.join()
@@ -150,7 +185,7 @@ class Workers:
         worker.process = None
         forget_gauges(self._folder, worker.number)
         lived_s = now_s - worker.started_s
-        worker.pause_s = 0.0 if lived_s > SHORT_LIFE_S else min(LONGEST_PAUSE_S, 2 * worker.pause_s or FIRST_PAUSE_S)
+        worker.pause_s = 0.0 if lived_s > SHORT_LIFE_S else _longer(worker.pause_s)
         worker.not_before_s = now_s + worker.pause_s
         log.error(
             "a worker died", extra={"worker": worker.number, "lived_s": round(lived_s, 1), "restart_s": worker.pause_s}
@@ -158,7 +193,7 @@ class Workers:
 
     def _is_hung(self, worker: _Worker) -> bool:
         """Whether it served once, and gave no sign of life for many looks; looks, since a machine may have slept."""
-        seen = self._signs[worker.number]
+        seen = self._signs.life[worker.number]
         worker.looks = 0 if seen != worker.seen or not seen else worker.looks + 1
         worker.seen = seen
         return worker.looks >= HUNG_AFTER_LOOKS
@@ -172,7 +207,7 @@ class Workers:
     def _send(self, number: int) -> None:
         for worker in self._workers:
             # Before its first sign of life it may not be ready for a signal that can wait.
-            if worker.process is not None and (number != signal.SIGHUP or self._signs[worker.number]):
+            if worker.process is not None and (number != signal.SIGHUP or self._signs.life[worker.number]):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.process.pid or 0, number)
 
@@ -188,7 +223,11 @@ class Workers:
                 process.join()
 
 
-def work(source: Source, sockets: list[socket.socket], folder: Path, number: int, signs: Any) -> None:  # noqa: ANN401  # a ctypes array
+def _longer(pause_s: float) -> float:
+    return min(LONGEST_PAUSE_S, 2 * pause_s or FIRST_PAUSE_S)
+
+
+def work(source: Source, sockets: list[socket.socket], folder: Path, number: int, signs: Signs) -> None:
     """What a worker process does: as `thinkgate serve`, on given sockets, until it is told to end."""
     configure()
     try:
@@ -198,24 +237,24 @@ def work(source: Source, sockets: list[socket.socket], folder: Path, number: int
         log.error("the configuration cannot be used", extra={"reason": str(exc)})  # noqa: TRY400
         raise SystemExit(FAILED) from exc
     files = MetricFiles(gateway.metrics, folder, number)
-    is_ready = asyncio.Event()
     server = Server(
         gateway,
         Reloader(gateway, source.path, overrides=source.overrides),
-        on_ready=lambda _: is_ready.set(),
-        beside=[_show(files, is_ready, signs, number), _outlive_nobody()],
+        on_listening=lambda: operator.setitem(signs.life, number, 1.0),
+        on_ready=lambda _: operator.setitem(signs.ready, number, 1.0),
+        beside=[_show(files, signs, number), _outlive_nobody()],
     )
     status = server.run_to_the_end(sockets)
     files.close()
     raise SystemExit(status)
 
 
-async def _show(files: MetricFiles, is_ready: asyncio.Event, signs: Any, number: int) -> None:  # noqa: ANN401
-    """Write the metrics, and once it serves give signs of life, until cancelled."""
+async def _show(files: MetricFiles, signs: Signs, number: int) -> None:
+    """Write the metrics, and once it listens give signs of life, until cancelled."""
     while True:
         await asyncio.to_thread(files.write)
-        if is_ready.is_set():
-            signs[number] += 1.0
+        if signs.life[number]:
+            signs.life[number] += 1.0
         await asyncio.sleep(LOOK_S)
 
 

@@ -5,7 +5,6 @@ Owns: which path goes where, model lists, health, version, metrics, and what unb
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,7 @@ from gateway.api.admin import ROUTERS, admin_methods
 from gateway.api.embeddings import serve_embedding
 from gateway.api.openapi import document
 from gateway.auth import check_model
-from gateway.config_load import environment
-from gateway.errors import GatewayError, MethodNotAllowed, ModelNotFound, Overloaded, RouteNotFound, Unauthenticated
+from gateway.errors import GatewayError, MethodNotAllowed, ModelNotFound, Overloaded, RouteNotFound
 from gateway.serve import serve_completion
 
 if TYPE_CHECKING:
@@ -98,12 +96,21 @@ def add_routes(gateway: Gateway) -> None:
 
     @gateway.get("/metrics", include_in_schema=False)
     async def metrics(request: Request) -> Response:
-        """Prometheus metrics, on this port for holders of the admin token only."""
-        token = environment().get(gateway.serving.config.server.admin_token_env) or ""
-        given = request.headers.get("authorization", "")
-        if not token or not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Unauthenticated("/metrics on this port needs the admin token; scrape server.metrics.port instead.")
+        """Prometheus metrics, on this port for admins only."""
+        gateway.admin.tokens.identify(authorization_of(request)).require("admin", "viewer")
+        workers = gateway.serving.config.server.workers
+        if workers > 1:
+            raise RouteNotFound(
+                f"One of {workers} workers answers here, and knows its own metrics only: "
+                "scrape server.metrics.port, which adds them up."
+            )
         return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def authorization_of(request: Request) -> bytes | None:
+    """The header as it arrived."""
+    given = request.headers.get("authorization")
+    return None if given is None else given.encode("latin-1")
 
 
 def _add_health(gateway: Gateway) -> None:
@@ -136,8 +143,7 @@ def _add_health(gateway: Gateway) -> None:
 
 def _add_models(gateway: Gateway) -> None:
     def identify(request: Request) -> Key:
-        authorization = request.headers.get("authorization")
-        return gateway.serving.keyring.identify(None if authorization is None else authorization.encode("latin-1"))
+        return gateway.serving.keyring.identify(authorization_of(request))
 
     @gateway.get("/v1/models")
     async def list_models(request: Request) -> JSONResponse:

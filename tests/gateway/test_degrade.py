@@ -9,8 +9,9 @@ from typing import Any, Self
 
 import pytest
 
-from budget.errors import HoldRefused
+from budget.errors import HoldRefused, StoreUnreachable
 from budget.ledger import Amounts, Remaining, Unit
+from gateway.serve import Answer as Answering
 from tests.gateway.live import ASK, INSTANT, MODEL, STREAM, Answer, Client, Json, Live, ask, key_headers, live, tree_of
 from tests.gateway.test_bounds import whole
 from tests.scripted_backend import ScriptedBackend
@@ -292,3 +293,23 @@ async def test_a_text_completion_has_nothing_to_degrade(scripted: ScriptedBacken
     async with live(tree(scripted, 10)) as running:
         answer = await ask(running, {"model": MODEL, "prompt": "hi"}, "/v1/completions", headers=key_headers(SECRET))
         assert answer.status == 429
+
+
+REFUSED_LATE = HoldRefused("late", scope="key:ada", unit="tokens", kind="rate", retry_after_s=1.0)
+
+
+@pytest.mark.parametrize("late", [REFUSED_LATE, StoreUnreachable("late")])
+async def test_only_a_refusal_of_the_hold_itself_is_one(
+    scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch, late: Exception
+) -> None:
+    """What a hold that was taken raises later starts no second answer, and is no refusal of the request."""
+    begun = []
+
+    async def carry_out(answer: Answering) -> None:
+        begun.append(answer)
+        raise late
+
+    async with live(tree(scripted, 10**6)) as running:
+        monkeypatch.setattr(Answering, "carry_out", carry_out)
+        assert (await asked(running, STREAM)).status == 500
+    assert len(begun) == 1

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from gateway.config import Config
 from gateway.config_load import load_config
 from gateway.reload import Reloader
-from tests.gateway.live import ASK, INSTANT, MODEL, STREAM, Client, Json, Live, ask, key_headers, live, tree_of
+from tests.gateway.live import (
+    ASK,
+    DEADLINE_S,
+    INSTANT,
+    MODEL,
+    STREAM,
+    Client,
+    Json,
+    Live,
+    ask,
+    key_headers,
+    live,
+    tree_of,
+)
 from tests.gateway.test_edge import key_of, limits_of
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Gate, Script
@@ -63,6 +79,28 @@ async def test_changed_file_is_in_force(
         assert [entry["id"] for entry in listed.json["data"]] == [MODEL, "second"]
         assert gateway.metric("thinkgate_config_reloads_total", outcome="accepted") == 1
         assert gateway.metric("thinkgate_config_reload_failed") == 0
+
+
+async def test_a_file_is_read_beside_the_streams(
+    scripted: ScriptedBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsing and validating take seconds with many keys: requests are served in the meantime."""
+    path, tree = tmp_path / "thinkgate.yaml", tree_of(scripted)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> Config:
+        has_begun.set()
+        assert may_end.wait(DEADLINE_S)
+        return load_config(*args, **options)
+
+    async with reloading(path, monkeypatch, tree) as (gateway, reloader):
+        monkeypatch.setattr("gateway.reload.load_config", slowly)
+        reloader.ask()
+        assert await asyncio.to_thread(has_begun.wait, DEADLINE_S)
+        assert (await ask(gateway)).status == 200
+        assert gateway.metric("thinkgate_config_reloads_total", outcome="accepted") == 0
+        may_end.set()
+        await gateway.logs.wait(RELOADED)
 
 
 async def test_running_stream_ends_under_the_old_configuration(

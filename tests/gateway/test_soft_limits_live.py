@@ -58,6 +58,10 @@ async def test_every_response_past_the_mark_says_so(scripted: ScriptedBackend, b
         assert told["data"]["used"] >= 100
         assert told["data"]["window_ends_at"] is None
         assert abs(int(receiver.got[0][0]["webhook-timestamp"]) - time.time()) < 60
+        async with asyncio.timeout(DEADLINE_S):
+            while not (calls := running.gateway.metrics.webhook_calls.cells):  # the receiver had it before we knew
+                await asyncio.sleep(0.001)
+        assert calls == {("sent",): 1}
         assert running.metric("thinkgate_webhook_calls_total", outcome="sent") == 1
 
 

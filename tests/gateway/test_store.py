@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+import traceback
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from budget.ledger import told
 from budget.ledgers.leased import LeasedLedger
 from gateway.app import Gateway
 from gateway.config import Config
+from gateway.config_budgets import StoreConfig
 from gateway.config_load import ConfigError
 from gateway.reload import Reloader
+from gateway.store import open_ledger, open_records
 from tests.budget.valkey import valkey
 from tests.budget.virtual import FaultyStore
 from tests.gateway.live import ASK, DEADLINE_S, EMBEDDINGS, INSTANT, STREAM, Client, Json, Live, ask, live, tree_of
@@ -239,6 +244,15 @@ def test_a_store_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
         Gateway(Config.model_validate({**tree, "store": store}))
 
 
+@pytest.mark.parametrize("opened", [partial(open_ledger, limits=()), open_records])
+@pytest.mark.parametrize("url", ["redis://:hunter2/x@host:6379/0", "redis://[hunter2", "redis://h:1/0?db=hunter2"])
+def test_a_url_that_cannot_be_read_is_not_quoted(opened: Callable[..., object], url: str) -> None:
+    """It may hold a password, so the error says how to write one instead, and carries no cause that quotes it."""
+    with pytest.raises(ConfigError, match=r"^store\.url: .*percent-encode") as caught:
+        opened(StoreConfig(kind="redis", url=url), clock=lambda: 0.0)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
 async def test_a_running_gateway_keeps_its_store(
     scripted: ScriptedBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,7 +260,7 @@ async def test_a_running_gateway_keeps_its_store(
     path = tmp_path / "thinkgate.yaml"
     async with live(stored(scripted, in_file(tmp_path))) as gateway:
         path.write_text(json.dumps(tree_of(scripted)))
-        Reloader(gateway.gateway, path)._reload()
+        await Reloader(gateway.gateway, path)._reload()
         assert gateway.metric("thinkgate_config_reload_failed") == 1
     assert "store: cannot change while running: restart instead" in str(
         [getattr(record, "problems", "") for record in gateway.logs.records]

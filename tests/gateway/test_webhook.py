@@ -7,21 +7,26 @@ import base64
 import hashlib
 import hmac
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from pydantic import ValidationError
 
+from gateway.config import Config
 from gateway.config_alerts import AlertsConfig
+from gateway.config_load import ConfigError, webhook_secret
 from gateway.metrics import CounterCells
-from gateway.webhook import FINAL, LONGEST_PAUSE_S, MOST_WAITING, Webhook, signing_key
+from gateway.webhook import FINAL, LONGEST_PAUSE_S, MOST_WAITING, Webhook
 from tests.gateway.live import DEADLINE_S
 
-SECRET = "whsec_" + base64.b64encode(b"sixteen letters.").decode()
+KEY = b"sixteen letters."
+SECRET = "whsec_" + base64.b64encode(KEY).decode()
 
 
 class News(msgspec.Struct):
@@ -70,7 +75,7 @@ class Calling:
         self.slept: list[float] = []
         self.now_s = 1_700_000_000.9
         self.webhook = Webhook(self.counts, clock=lambda: self.now_s, sleep=self._sleep)
-        self.webhook.configure(AlertsConfig(secret_env="S", **config), SECRET)
+        self.webhook.configure(AlertsConfig(secret_env="S", **config), KEY)
 
     async def _sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -97,7 +102,7 @@ async def test_a_call_is_signed_as_standard_webhooks_say() -> None:
     assert json.loads(body) == {"type": "news", "timestamp": "2023-11-14T22:13:21Z", "data": {"what": "it happened"}}
     assert headers["webhook-timestamp"] == "1700000000"
     signed = f"{headers['webhook-id']}.1700000000.".encode() + body
-    expected = base64.b64encode(hmac.digest(b"sixteen letters.", signed, hashlib.sha256)).decode()
+    expected = base64.b64encode(hmac.digest(KEY, signed, hashlib.sha256)).decode()
     assert headers["webhook-signature"] == f"v1,{expected}"
     assert headers["content-type"] == "application/json"
 
@@ -112,6 +117,38 @@ async def test_a_call_that_fails_is_made_again_with_the_same_id(status: int | No
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
     assert len({headers["webhook-timestamp"] for headers, _ in receiver.got}) == 3
     assert len({headers["webhook-signature"] for headers, _ in receiver.got}) == 3
+
+
+async def test_all_calls_share_a_client_made_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one reads the CA bundle, so it happens once, and in a thread."""
+    made_in: list[threading.Thread] = []
+    make = httpx.AsyncClient
+
+    def made(**options: Any) -> httpx.AsyncClient:
+        made_in.append(threading.current_thread())
+        return make(**options)
+
+    monkeypatch.setattr("gateway.webhook.httpx.AsyncClient", made)
+    async with receiving(500) as receiver:
+        calling = Calling(webhook_url=receiver.url)
+        assert await calling.deliver(messages=2) == {"sent": 2}
+    assert len(receiver.got) == 3
+    assert len(made_in) == 1
+    assert made_in[0] is not threading.current_thread()
+
+
+async def test_a_call_under_way_at_the_end_is_counted() -> None:
+    """What the gateway was still trying to send when it ended is dropped, once, like what waited behind it."""
+    calling = Calling(webhook_url="http://127.0.0.1:1/hook")
+    calling.webhook._sleep = asyncio.Event().wait  # type: ignore[assignment]  # a pause without an end
+    calling.webhook.send("news", News())
+    calling.webhook.send("news", News())
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(calling.webhook.run())
+        while calling.webhook._waiting.qsize() == 2:
+            await asyncio.sleep(0)
+        running.cancel()
+    assert calling.counts.cells == {("dropped",): 2}
 
 
 async def test_attempts_end() -> None:
@@ -162,17 +199,32 @@ async def test_without_a_webhook_nothing_is_kept() -> None:
     """Messages to nobody are neither queued nor counted, also after the webhook was taken away."""
     calling = Calling(webhook_url="http://127.0.0.1:1/hook")
     calling.webhook.send("news", News())
-    calling.webhook.configure(AlertsConfig(), "")
+    calling.webhook.configure(AlertsConfig(), b"")
     calling.webhook.send("news", News())
     assert await calling.deliver(messages=1) == {"dropped": 1}
 
 
-@pytest.mark.parametrize(
-    ("secret", "key"), [("plain text", b"plain text"), (SECRET, b"sixteen letters."), ("whsec_%%", b"whsec_%%")]
-)
+def config_of(**alerts: Any) -> Config:
+    """A configuration that calls somebody."""
+    model = {"backends": [{"id": "a", "url": "http://127.0.0.1:1"}]}
+    return Config.model_validate({"models": {"m": model}, "alerts": alerts})
+
+
+@pytest.mark.parametrize(("secret", "key"), [(" plain text\n", b"plain text"), (SECRET, KEY)])
 def test_a_secret_is_base64_after_its_mark_or_else_text(secret: str, key: bytes) -> None:
-    """Secrets of the Standard Webhooks form and any other text both sign."""
-    assert signing_key(secret) == key
+    """Secrets of the Standard Webhooks form and any other text both sign; without a webhook there is none."""
+    alerting = config_of(webhook_url="http://host/x", secret_env="S")
+    assert webhook_secret(alerting, env={"S": secret}) == key
+    assert webhook_secret(config_of(), env={"S": secret}) == b""
+
+
+@pytest.mark.parametrize("text", ["not base64!", "YWJj\nZA", "YWJjZA", ""])
+def test_a_marked_secret_that_is_no_base64_is_refused(text: str) -> None:
+    """It would sign what no receiver can verify: the variable and the remedy are named, the secret is not."""
+    alerting = config_of(webhook_url="http://host/x", secret_env="HOOK")
+    with pytest.raises(ConfigError, match=r"alerts\.secret_env: .* HOOK .*openssl rand") as caught:
+        webhook_secret(alerting, env={"HOOK": f"whsec_{text}"})
+    assert not text or text not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,20 @@ async def test_a_reload_reaches_all_and_the_end_drops_no_stream(scripted: Script
         assert await ends(child) == 0
 
 
+async def test_workers_that_wait_for_a_backend_reload(scripted: ScriptedBackend, tmp_path: Path) -> None:
+    """While a model has no backend at the start, SIGHUP reaches them, they end on SIGTERM, and nobody says ready."""
+    tree = shared_by(PLACES["sqlite"](tmp_path), scripted, amount=10**9, workers=2)  # type: ignore[arg-type]
+    tree["models"]["down"] = {**tree["models"][MODEL], "backends": [{"id": "z", "url": "http://127.0.0.1:9"}]}
+    async with process(tree, tmp_path) as (child, _):
+        async with asyncio.timeout(START_S):
+            while [line["event"] for line in log_of(child)].count("configuration reloaded") < 2:
+                os.kill(child.pid, signal.SIGHUP)
+                await asyncio.sleep(0.5)
+        assert "is ready on" not in child.output()
+        os.kill(child.pid, signal.SIGTERM)
+        assert await ends(child) == 0
+
+
 async def test_workers_do_not_outlive_who_watches_them(scripted: ScriptedBackend, tmp_path: Path) -> None:
     """When the first process is killed, the workers end too instead of serving on unseen."""
     tree = shared_by(PLACES["sqlite"](tmp_path), scripted, amount=10**9)  # type: ignore[arg-type]
