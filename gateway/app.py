@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinkgate")
 OFFLINE = (b"x-thinkgate-budget", b"offline")
 SWEEP_S = 1.0
+MEET_S = 0.02
 clock = time.time  # seconds since 1970: handed down from here
 
 
@@ -120,6 +121,7 @@ class Gateway(FastAPI):
             clock=time.perf_counter,
             became=self.metrics.idempotency.add,
         )
+        self.patience_s = 0.0  # how long the start may wait for backends
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -236,12 +238,24 @@ class Gateway(FastAPI):
             )
             background = [tasks.create_task(each) for each in work]
             self._watch_slots()
+            await self._meet_backends()
             try:
                 yield
             finally:
                 for task in background:
                     task.cancel()
                 await self._close()
+
+    def has_backends(self) -> bool:
+        """Whether every model has a backend that is up."""
+        return all(any(slot.is_up for slot in model.slots) for model in self.serving.models.values())
+
+    async def _meet_backends(self) -> None:
+        """Before anybody connects, if whoever starts this wants so; some may be down for long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.patience_s):
+                while not self.has_backends():  # noqa: ASYNC110  # over all models: no single event says it
+                    await asyncio.sleep(MEET_S)
 
     async def _close(self) -> None:
         """Let go of everything, each whatever the others do: first backends, then the ledger with its settlements."""

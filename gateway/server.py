@@ -141,8 +141,7 @@ class Server(uvicorn.Server):
                     task.cancel()
 
     def _is_ready(self) -> bool:
-        models = self._gateway.serving.models.values()
-        return self.started and all(any(slot.is_up for slot in model.slots) for model in models)
+        return self.started and self._gateway.has_backends()
 
     async def _tell_ready(self) -> None:
         # Ready is a condition over all models and may change with a reload: no single event says it.

@@ -43,6 +43,9 @@ HUNG_AFTER_LOOKS = 60  # without a sign of life between them
 SHORT_LIFE_S = 30.0  # who dies sooner is restarted after a pause, the longer the more often
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 FAILED = 1
+MEET_BACKENDS_S = (
+    5.0  # a worker that has met its backends takes connections at once, any other leaves them to the others
+)
 
 
 class Source(NamedTuple):
@@ -70,6 +73,7 @@ class _Worker:
 
     Attributes:
         seen: its last sign of life, and how many looks ago that was.
+        looked_s: when the last look was; what comes sooner after it is none.
         has_served: it or a predecessor could start.
         not_before_s: when it may be started again.
     """
@@ -79,6 +83,7 @@ class _Worker:
     started_s: float = 0.0
     seen: float = 0.0
     looks: int = 0
+    looked_s: float = 0.0
     has_served: bool = False
     pause_s: float = 0.0
     not_before_s: float = 0.0
@@ -159,7 +164,7 @@ class Workers:
                     log.error("a worker cannot start", extra={"worker": worker.number, "status": process.exitcode})
                     return FAILED
                 self._bury(worker, process, now_s)
-            elif self._is_hung(worker):
+            elif self._is_hung(worker, now_s):
                 log.error("a worker hangs and is killed", extra={"worker": worker.number, "pid": process.pid})
                 process.kill()
         if not self._was_ready and all(self._signs.ready):
@@ -191,11 +196,16 @@ class Workers:
             "a worker died", extra={"worker": worker.number, "lived_s": round(lived_s, 1), "restart_s": worker.pause_s}
         )
 
-    def _is_hung(self, worker: _Worker) -> bool:
-        """Whether it served once, and gave no sign of life for many looks; looks, since a machine may have slept."""
+    def _is_hung(self, worker: _Worker, now_s: float) -> bool:
+        """Whether it served once, and gave no sign of life for many looks; looks, since a machine may have slept.
+
+        A look counts once in LOOK_S: signals and deaths of others wake whoever looks more often.
+        """
         seen = self._signs.life[worker.number]
-        worker.looks = 0 if seen != worker.seen or not seen else worker.looks + 1
-        worker.seen = seen
+        if seen != worker.seen or not seen:
+            worker.seen, worker.looks, worker.looked_s = seen, 0, now_s
+        elif now_s - worker.looked_s >= LOOK_S:
+            worker.looks, worker.looked_s = worker.looks + 1, now_s
         return worker.looks >= HUNG_AFTER_LOOKS
 
     def _signalled(self, number: int) -> None:
@@ -233,6 +243,7 @@ def work(source: Source, sockets: list[socket.socket], folder: Path, number: int
     try:
         config = load_config(source.path, overrides=source.overrides)
         gateway = Gateway(config)
+        gateway.patience_s = MEET_BACKENDS_S
     except ConfigError as exc:
         log.error("the configuration cannot be used", extra={"reason": str(exc)})  # noqa: TRY400
         raise SystemExit(FAILED) from exc

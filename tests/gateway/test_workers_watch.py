@@ -162,11 +162,20 @@ def test_ready_is_more_than_alive(watched: Watched) -> None:
 def test_a_worker_that_hangs_before_it_is_ready_is_killed(watched: Watched) -> None:
     """Signs of life count from when it listens, also while a backend is down."""
     first, second = watched.start()
-    for _ in range(HUNG_AFTER_LOOKS + 1):
+    for second_s in range(HUNG_AFTER_LOOKS + 1):
         watched.workers._signs.life[1] += 1.0
         watched.workers._signs.life[0] = 1.0
-        watched.workers._look(LONG_S)
+        watched.workers._look(LONG_S + second_s)
     assert (first.got, second.got, watched.ports) == ([signal.SIGKILL], [], [])
+
+
+def test_nobody_is_killed_for_being_looked_at_often(watched: Watched) -> None:
+    """A storm of signals or deaths wakes whoever looks again and again within a second: that is one look."""
+    first, second = watched.start()
+    watched.give_signs()
+    for look in range(50 * HUNG_AFTER_LOOKS):
+        watched.workers._look(LONG_S + look / 100)
+    assert (first.got, second.got) == ([], [])
 
 
 def test_a_reload_reaches_workers_that_wait_for_a_backend(watched: Watched) -> None:
