@@ -254,10 +254,13 @@ class LeasedLedger:
 
     async def _with_room(self, call: Call, need: Mapping[Unit, int], began_s: float) -> list[Standing]:
         """As `_in_time`; where the room that is short is set aside for being offline, that is given back."""
+        offline = self._offline
+        returned = 0 if offline is None else offline.returned
         try:
             return await self._in_time(call, began_s)
         except HoldRefused as refused:
-            if self._offline is None or not self._offline.give_back(refused.standings, need):
+            # Somebody who was refused beside this one may have given back what both lack.
+            if offline is None or not (offline.give_back(refused.standings, need) or offline.returned > returned):
                 raise
         return await self._in_time(call, began_s)
 

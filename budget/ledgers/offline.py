@@ -134,6 +134,10 @@ class Offline:
         release: ends a hold in the store, in the end.
         clock: epoch seconds.
         monotonic: seconds; what leases and windows are measured by here.
+
+    Attributes:
+        granted: holds that were granted out of slices.
+        returned: slices that were given back.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class Offline:
         self._lost_s = 0.0
         self._seen: dict[Limit, float] = {}
         self._resting: dict[Limit, float] = {}
-        self.granted = 0
+        self.granted = self.returned = 0
 
     def see(self, limits: Sequence[Limit]) -> None:
         """Note that limits are in use."""
@@ -233,6 +237,7 @@ class Offline:
 
     def _give_back(self, limit: Limit) -> None:
         part = self._slices.pop(limit)
+        self.returned += 1
         assert part.booking is not None, "a rate is not leased"
         self._resting[limit] = self._monotonic() + REST_S
         self._release(part.booking)

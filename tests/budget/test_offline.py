@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -198,6 +199,19 @@ def test_a_slice_is_given_back_for_exactly_the_room_that_is_short(tmp_path: Path
         assert await replicas.in_books() == (0, 100, 0)
         await ended(hold, 100)
         await ledger.beat()
+        assert await replicas.in_books() == (100, 0, 0)
+
+    tell(tmp_path, story)
+
+
+def test_a_slice_is_given_back_for_all_that_are_short_at_once(tmp_path: Path) -> None:
+    """Of several requests that are refused in the same moment for want of a slice none is refused for good."""
+
+    async def story(replicas: Replicas) -> None:
+        ledger = await replicas.warm(tokens(100, "day"), share=0.9)
+        holds = await asyncio.gather(*(taken(ledger, Amounts(tokens=20)) for _ in range(5)))
+        for hold in holds:
+            await ended(hold, 20)
         assert await replicas.in_books() == (100, 0, 0)
 
     tell(tmp_path, story)
