@@ -332,7 +332,7 @@ def read_usage(connection: sqlite3.Connection, first_day: dt.date, last_day: dt.
         "SELECT day, scopes, mode, requests, tokens, thinking_tokens, nano_usd FROM usage"
         " WHERE day BETWEEN ? AND ? AND requests > 0 ORDER BY day, scopes, mode",
         (first_day.toordinal() - EPOCH_ORDINAL, last_day.toordinal() - EPOCH_ORDINAL),
-    )
+    ).fetchall()  # so that the write-ahead log need not be kept for as long as the rows are made
     return [
         UsageRow(
             day=dt.date.fromordinal(EPOCH_ORDINAL + day),
