@@ -1,10 +1,9 @@
 """The ledger over a store that outlives the process: holds are leases, settlements are delivered.
 
-Owns: what all stores have in common. A hold is taken in one atomic call; from then on it is a lease that this
-process renews, with what was used so far, every REPORT_S. When the process dies, whoever sweeps next settles the
-hold at what was last reported. Settlements go through an outbox in order, are retried until the store has them and
-count once, by hold id. Does not own: what a store does (store.py) and how it keeps books (sqlite.py, redis.py), what
-may be spent while it is not there (offline.py).
+Owns: what all stores have in common. A hold is taken in one atomic call; from then on it is a lease that this process
+renews every REPORT_S, with what was used so far. When it dies, whoever sweeps next settles the hold at what was last
+reported. Settlements go through an outbox and count once, by hold id. Does not own: what a store does (store.py), how it
+keeps books (sqlite.py, redis.py), what may be spent while it is not there (offline.py).
 """
 
 from __future__ import annotations
@@ -258,8 +257,7 @@ class LeasedLedger:
         returned = 0 if offline is None else offline.returned
         try:
             return await self._in_time(call, began_s)
-        except HoldRefused as refused:
-            # Somebody who was refused beside this one may have given back what both lack.
+        except HoldRefused as refused:  # somebody refused beside this one may have given back what both lack
             if offline is None or not (offline.give_back(refused.standings, need) or offline.returned > returned):
                 raise
         return await self._in_time(call, began_s)
@@ -383,9 +381,9 @@ class LeasedLedger:
             await self._enter_all([hold for hold in self.open.values() if hold.local])
         if self.is_lost:
             self.is_lost = False
+            log.warning("the budget store is back", extra={"settlements": delivered})
             if self._offline is not None:
                 self._offline.end()
-            log.warning("the budget store is back", extra={"settlements": delivered})
 
     async def close(self) -> None:
         """Deliver what is pending, as far as the store answers in time, and let go of it."""
