@@ -2,8 +2,8 @@
 
 Owns: what all stores have in common. A hold is taken in one atomic call; from then on it is a lease that this process
 renews every REPORT_S, with what was used so far. When it dies, whoever sweeps next settles the hold at what was last
-reported. Settlements go through an outbox and count once, by hold id. Does not own: what a store does (store.py), how it
-keeps books (sqlite.py, redis.py), what may be spent while it is not there (offline.py).
+reported. Settlements go through an outbox and count once, by hold id. Does not own: a store (store.py), how it keeps
+books (sqlite.py, redis.py), what may be spent while it is not there (offline.py).
 """
 
 from __future__ import annotations
