@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TextIO
 
 from gateway.auth import Keyring
-from gateway.config_load import secret_sha256s
+from gateway.config_load import key_hash_secret, secret_sha256s, webhook_secret
 from gateway.errors import GatewayError
 from gateway.models import build_models
 
@@ -35,6 +35,8 @@ async def check(config: Config, out: TextIO) -> int:
     Raises: ConfigError when a secret or credential is missing.
     """
     Keyring(config, secret_sha256s(config))
+    key_hash_secret(config)
+    webhook_secret(config)
     rows: list[tuple[str, ...]] = [HEAD]
     remarks: list[str] = []
     failed = False
