@@ -85,7 +85,8 @@ class _Prober:
         """One call. Raises: UpstreamError when the backend does not answer."""
         try:
             response = await self._client.request(method, path, json=body)
-        except httpx.HTTPError as exc:
+        except (httpx.HTTPError, AttributeError) as exc:
+            # AttributeError: anyio, of a socket that was reset the moment it was connected.
             raise UpstreamError(f"The backend does not answer: {exc!r}") from exc
         try:
             parsed = response.json() if response.content else {}

@@ -223,7 +223,9 @@ class Chains:
             return step
         border = max(0, len(ids) - len(self._forcing.closing))
         before, marker = chain.feed(ids[:border]), Step()
-        if not before.is_over:
+        if before.is_over:
+            delta.text = self._before_end(delta.text, before)
+        else:
             marker = chain.close(ids[border:])
         return before.plus(marker)
 

@@ -135,20 +135,22 @@ class Run:
     def close_books(self) -> tuple[TokenCounts, Amounts]:
         """Final counts, reported to the hold; further calls return the same."""
         if self.counts is None or self.settled is None:
-            self.counts = self.tally.counts()
+            self.counts = self._within_cap(self.tally.counts())
             self.settled = self.tally.amounts(self.counts)
             self.hold.report(self.settled)
-            self._note_overrun(self.counts)
             self.ended_by = self.ended_by or self.enforced.spent
         return self.counts, self.settled
 
-    def _note_overrun(self, counts: TokenCounts) -> None:
-        """Thinking that only the backend's usage told of: by words it was within the cap."""
+    def _within_cap(self, counts: TokenCounts) -> TokenCounts:
+        """The counts of a soft cap: what only the backend's usage says beyond it is told, what is guessed is no lie."""
         cap = self.call.thinking.cap
         over = 0 if cap is None or self.enforced.how != "soft" else counts.thinking - cap * self.choices
-        if over > 0:
+        if over > 0 and self.tally.is_guess:
+            counts.thinking, counts.answer = counts.thinking - over, counts.answer + over
+        elif over > 0:
             self.enforced.overrun += over
             self.tally.capped = True
+        return counts
 
     def begin(self, slot: Slot) -> Batches:
         """The call's deltas from a slot. Raises: InvalidRequest for what it cannot serve under a cap."""

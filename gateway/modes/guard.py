@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gateway.tally import Tally
 
 GRACE_TOKENS = 8
+NO_TOKEN = -1
 
 
 class Guard:
@@ -32,7 +33,7 @@ class Guard:
     Attributes:
         lost: choices that think on past the cap and its grace, or ended like that, or began a call.
         calls: those of them that began a call.
-        ends: the token by which those of them ended their turn inside the thinking.
+        ends: the token by which those of them ended their turn inside the thinking, NO_TOKEN where it is not known.
         overrun: thinking tokens the backend sent beyond the cap.
         dropped: tokens that were dropped for it.
         ids: delivered output by choice.
@@ -47,6 +48,7 @@ class Guard:
         "_keeps_text",
         "_opener",
         "_over",
+        "_said",
         "_tally",
         "calls",
         "dropped",
@@ -70,6 +72,7 @@ class Guard:
         self._tally, self._finished, self._choices = tally, finished, choices
         self._keeps_ids, self._keeps_text, self._opener = keeps_ids, keeps_text, opener
         self._answered: set[int] = set()
+        self._said: set[int] = set()  # of the answered ones, those whose answer was delivered so far
         self.calls: set[int] = set()
         self.ends: dict[int, int] = {}
         self._over: dict[int, int] = {}
@@ -104,6 +107,8 @@ class Guard:
         has_thought = self._tally.thinking_by_choice.get(delta.index, 0) > 0
         if delta.finish_reason != "stop" or delta.index in self._answered or not has_thought:
             return False
+        self.ends[delta.index] = NO_TOKEN
+        delta.finish_reason, delta.stop_reason, delta.wire = None, None, b""
         self._lose(delta.index)
         return not delta.text
 
@@ -123,6 +128,8 @@ class Guard:
         for delta in deltas:
             if self._keeps_ids and delta.token_ids:
                 self.ids.setdefault(delta.index, []).extend(delta.token_ids)
+            elif self._keeps_text and _is_answer(delta):
+                self._said.add(delta.index)
             elif self._keeps_text and delta.kind is Kind.THINKING:
                 self.thoughts.setdefault(delta.index, []).append(delta.text)
         return deltas
@@ -158,11 +165,16 @@ class Guard:
                 self._finished.discard(delta.index)
             elif delta.thinking and (is_over or used[delta.index] > cap):
                 # After a dropped one none fits any more, however short: it would follow on a gap.
-                self._drop(delta, delta.thinking if is_over else used[delta.index] - max(cap, before))
+                over = delta.thinking if is_over else used[delta.index] - max(cap, before)
+                if delta.index in self._said:
+                    kept += self._dropped_after_its_answer(delta, over)
+                else:
+                    self._drop(delta, over)
             elif delta.finish_reason is not None and delta.index in self._over and not _is_answer(delta):
                 self._lose(delta.index)
             else:
                 if _is_answer(delta):
+                    self._said.add(delta.index)
                     self._over.pop(delta.index, None)  # it slipped, and came back
                 kept.append(delta)
         return kept
@@ -191,6 +203,15 @@ class Guard:
         self._over[delta.index] = self._over.get(delta.index, 0) + over
         if self._over[delta.index] > GRACE_TOKENS or delta.finish_reason is not None:
             self._lose(delta.index)
+
+    def _dropped_after_its_answer(self, delta: Delta, over: int) -> list[Delta]:
+        """A choice that has been answered is not lost for thinking again: what of the delta remains."""
+        self._waste(delta)
+        self._tally.capped = True
+        self.overrun += over
+        if delta.finish_reason is None:
+            return []
+        return [Delta(index=delta.index, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)]
 
     def _waste(self, delta: Delta) -> None:
         self.dropped += delta.thinking + delta.answer + delta.injected

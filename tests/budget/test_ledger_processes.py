@@ -93,7 +93,7 @@ async def test_four_processes_use_up_one_limit_and_no_more(shared: LeasedPlace) 
     ((settled, held, debt),) = (await windows_of(shared)).values()
     assert (settled, held, debt) == (used, 0, 0)
     assert amount - ceiling < settled <= amount
-    assert len(set(seen)) > 1  # it was looked at while they ran; how often, the machine decides
+    assert seen  # how often it was looked at while they ran, the machine decides
 
 
 async def test_a_month_rolls_over_once_under_the_load_of_four_processes(shared: LeasedPlace) -> None:

@@ -21,10 +21,10 @@ NEVER_OFF: Json = {"thinking": {"off": {"chat_template_kwargs": {"enable_thinkin
 BODIES = pytest.mark.parametrize("body", [STREAM, ASK], ids=["stream", "whole"])
 
 
-def events(*deltas: Json, usage: Json, finish: str = "stop") -> Reply:
+def events(*deltas: Json, usage: Json, finish: str = "stop", finishing: Json | None = None) -> Reply:
     """A stream of a server that gives no token ids: these deltas, a finish, the usage."""
     choices: list[Json] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": finish})
+    choices.append({"index": 0, "delta": finishing or {}, "finish_reason": finish})
     head: Json = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "scripted"}
     chunks: list[Json] = [{**head, "choices": [choice]} for choice in choices]
     chunks.append({**head, "choices": [], "usage": usage})
@@ -133,6 +133,38 @@ async def test_a_soft_turn_that_ends_in_its_thinking_is_answered(scripted: Scrip
     thinks = events(*thoughts([" t0", " t1"]), usage=used(20, 2, 2))
     _, said, _ = read(await soft(scripted, {**body, **CAP}, thinks, SECOND))
     assert said == "in short"
+
+
+@BODIES
+async def test_a_finish_on_the_last_thought_is_no_second_finish(scripted: ScriptedBackend, body: Json) -> None:
+    """A turn that ends with a thought goes on to its answer: one finish, and nothing was capped."""
+    thinks = events(*thoughts([" t0", " t1"]), usage=used(20, 3, 3), finishing={"reasoning": " t2"})
+    answer = await soft(scripted, {**body, **CAP}, thinks, SECOND)
+    thinking, said, report = read(answer)
+    assert (thinking, said, report["capped"]) == (" t0 t1 t2", "in short", False)
+    if body is STREAM:
+        finishes = [c["finish_reason"] for chunk in answer.chunks() for c in chunk["choices"] if c["finish_reason"]]
+        assert finishes == ["stop"]
+
+
+@BODIES
+async def test_an_answer_is_given_once(scripted: ScriptedBackend, body: Json) -> None:
+    """A choice that thinks on after its answer began is cut, and not asked again."""
+    deltas = [*thoughts([" t0", " t1"]), {"content": "it is"}, *thoughts([" more"] * 30), {"content": " 42"}]
+    answer = await soft(scripted, {**body, **CAP}, events(*deltas, usage=used(20, 36, 32)), SECOND)
+    _, said, report = read(answer)
+    assert said == "it is 42"
+    assert report["tokens"]["thinking"] <= 5
+
+
+@BODIES
+async def test_a_guess_is_no_overrun(scripted: ScriptedBackend, body: Json) -> None:
+    """A server that thought exactly to the cap, and does not say how much it thought, is not charged above it."""
+    deltas = [*thoughts([f" t{i}" for i in range(5)]), {"content": "it is"}]
+    _, said, report = read(await soft(scripted, {**body, **CAP}, events(*deltas, usage=used(20, 10))))
+    assert (said, report["tokens"]["thinking"], report["cap"]["hit"]) == ("it is", 5, False)
+    assert "overrun_tokens" not in report["cap"]
+    assert report["settled"]["thinking_tokens"] <= report["hold"]["thinking_tokens"]
 
 
 async def test_a_stream_keeps_the_backends_name_for_thinking(scripted: ScriptedBackend) -> None:
