@@ -186,7 +186,7 @@ class SqliteStore:
 
     def _transaction(self, calls: list[Call]) -> list[Any]:
         connection = self._connection
-        self._begin()
+        self._begin(self._connection)
         try:
             sheet, outcomes = self._sheet, []
             sheet.begin(self._clock())
@@ -204,7 +204,7 @@ class SqliteStore:
             raise
         return outcomes
 
-    def _begin(self) -> None:
+    def _begin(self, connection: sqlite3.Connection) -> None:
         """Begin to write, as soon as no other process does. Raises: sqlite3.OperationalError after `busy_s`.
 
         SQLite's own waiting doubles its pauses up to 100 ms, and so starves whoever has waited longest.
@@ -212,7 +212,7 @@ class SqliteStore:
         end_s = time.monotonic() + self._busy_s
         while True:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
+                connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as exc:
                 if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end_s:
                     raise
@@ -232,16 +232,23 @@ class SqliteStore:
 
     def _prepare(self, connection: sqlite3.Connection, synchronous: str) -> None:
         connection.execute(f"PRAGMA synchronous = {synchronous}")
-        connection.execute("BEGIN IMMEDIATE")
-        version = cast("int", connection.execute("PRAGMA user_version").fetchone()[0])
-        if version == 0:
-            for statement in SCHEMA:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {VERSION}")
-        connection.execute("COMMIT")
+        version = _version_of(connection)
+        if version == 0:  # else nothing is written, and so nobody waited for: others may be busy with the file
+            self._begin(connection)
+            version = _version_of(connection)
+            if version == 0:
+                for statement in SCHEMA:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("COMMIT")
         if version not in {0, VERSION}:
             raise StoreUnreachable(f"{self._path} was written by another version of thinkgate (schema {version}).")
         connection.execute("PRAGMA busy_timeout = 0")
+
+
+def _version_of(connection: sqlite3.Connection) -> int:
+    """Of the schema; 0 where there is none."""
+    return cast("int", connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _tell(calls: list[Call], outcomes: list[Any]) -> None:

@@ -36,6 +36,17 @@ async def test_the_file_is_kept_as_configured(tmp_path: Path, synchronous: Any, 
     await store.close()
 
 
+async def test_a_file_that_others_write_is_opened_all_the_same(tmp_path: Path) -> None:
+    """A process that joins busy ones waits for none of them: the tables are there already."""
+    path = tmp_path / "a.db"
+    await SqliteStore(path, clock=Clock()).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store = SqliteStore(path, clock=Clock(), busy_s=0.0)
+        other.execute("COMMIT")
+    await store.close()
+
+
 @pytest.mark.parametrize("wrong", ["no folder", "no database", "another version"])
 def test_a_file_that_cannot_be_used_is_said_at_the_start(tmp_path: Path, wrong: str) -> None:
     """A missing folder, a file of something else and a schema of another version are named with the path."""
