@@ -201,9 +201,11 @@ def _open(path: Path) -> sqlite3.Connection:
     """A connection to the file, with its tables. Raises: sqlite3.Error, OSError."""
     db = open_file(path, busy_s=BUSY_S)
     try:
-        with _change(db, synced=True):
-            for statement in SCHEMA:
-                db.execute(statement)
+        # They are made in one step, so where one is all are; then nobody who is writing is waited for.
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'counters'").fetchone() is None:
+            with _change(db, synced=True):
+                for statement in SCHEMA:
+                    db.execute(statement)
     except BaseException:
         db.close()
         raise

@@ -150,3 +150,21 @@ def test_processes_share_one_file(tmp_path: Path) -> None:
     value, log = asyncio.run(read())
     assert value == b"%d" % (PROCESSES * COUNTS)
     assert log == [(number, b"%d" % number) for number in range(1, PROCESSES * COUNTS + 1)]
+
+
+async def test_a_file_that_others_write_is_read_all_the_same(tmp_path: Path) -> None:
+    """A process that joins busy ones waits for none of them: the tables are there already."""
+    path = tmp_path / "records.db"
+    first = SqliteRecords(path, clock=Clock())
+    await first.put("a", b"1")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    second = SqliteRecords(path, clock=Clock())
+    async with asyncio.timeout(2):
+        record = await second.get("a")
+    assert record is not None
+    assert record.value == b"1"
+    other.execute("COMMIT")
+    other.close()
+    for records in (first, second):
+        await records.close()
