@@ -20,7 +20,6 @@ from budget.books import (
     refusal,
     window_end,
 )
-from budget.errors import HoldRefused
 from budget.ledger import Limit, Standing, Unit
 
 
@@ -171,19 +170,6 @@ def hold_in(accounts: Sequence[Account], books: Sequence[Books], need: Mapping[U
     pages = list(zip(accounts, books, strict=True))
     for account, page in pages:
         if (wanted := need[account.unit]) and wanted > account.free(page, now_s):
-            raise _refusal(accounts, books, need, now_s)
+            raise refusal([each.standing(at, now_s, need[each.unit]) for each, at in pages], need)
     for account, page in pages:
         account.take(page, now_s, need[account.unit])
-
-
-def _refusal(
-    accounts: Sequence[Account], books: Sequence[Books], need: Mapping[Unit, int], now_s: float
-) -> HoldRefused:
-    """For the tightest account that is short."""
-    short = [
-        account.standing(page, now_s, need[account.unit])
-        for account, page in zip(accounts, books, strict=True)
-        if need[account.unit] and need[account.unit] > account.free(page, now_s)
-    ]
-    tightest = min(short, key=Standing.tightness)
-    return refusal(tightest, need[tightest.limit.unit])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import calendar
 import datetime as dt
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from budget.errors import HoldRefused, Refusal
 from budget.ledger import Limit, Standing, Unit, Window
@@ -97,9 +97,10 @@ def level_after_settling(level: float, held: int, used: int) -> float:
     return level if level > 0.0 else 0.0
 
 
-def refusal(short: Standing, need: int) -> HoldRefused:
-    """What the client is told of the tightest limit that is short."""
-    limit = short.limit
+def refusal(standings: Iterable[Standing], needs: Mapping[Unit, int]) -> HoldRefused:
+    """What the client is told of the tightest of those limits that are short; one of them is."""
+    short = min((s for s in standings if needs[s.limit.unit] > max(0, s.free)), key=Standing.tightness)
+    limit, need = short.limit, needs[short.limit.unit]
     kind: Refusal
     retry_after_s: float | None
     if need > limit.amount:

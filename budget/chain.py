@@ -42,7 +42,7 @@ class Forcing(msgspec.Struct, frozen=True, kw_only=True):
 
     def overhead(self) -> int:
         """Most tokens that opening and ending one chain by force can take."""
-        return len(self.opening) + len(self.wrap_up) + len(self.closing) + len(self.after)
+        return self.ending() + len(self.wrap_up)
 
     def ending(self) -> int:
         """Most tokens that putting an empty chain before an answer can take."""

@@ -21,7 +21,7 @@ def cancellable() -> Iterator[None]:
     before = 0 if task is None else task.cancelling()
     try:
         yield
-    except Exception as exc:
+    except Exception as exc:  # whatever failed: who was cancelled meanwhile must not go on and mend it
         if task is not None and task.cancelling() > before:
             raise asyncio.CancelledError from exc
         raise

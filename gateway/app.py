@@ -77,11 +77,12 @@ class Gateway(FastAPI):
     Args:
         config: a validated configuration.
         log_stream: where the request lines go.
+        patience_s: how long the start may wait for backends before anybody can connect.
 
     Raises: ConfigError when a secret or credential is missing, or the store cannot be used.
     """
 
-    def __init__(self, config: Config, *, log_stream: IO[str] = sys.stdout) -> None:
+    def __init__(self, config: Config, *, log_stream: IO[str] = sys.stdout, patience_s: float = 0.0) -> None:
         super().__init__(
             title="thinkgate",
             version=__version__,
@@ -121,7 +122,7 @@ class Gateway(FastAPI):
             clock=time.perf_counter,
             became=self.metrics.idempotency.add,
         )
-        self.patience_s = 0.0  # how long the start may wait for backends
+        self._patience_s = patience_s
         self.started_s = self._epoch_s = int(time.time())
         self._slots: dict[int, tuple[Slot, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -253,7 +254,7 @@ class Gateway(FastAPI):
     async def _meet_backends(self) -> None:
         """Before anybody connects, if whoever starts this wants so; some may be down for long."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.patience_s):
+            async with asyncio.timeout(self._patience_s):
                 while not self.has_backends():  # noqa: ASYNC110  # over all models: no single event says it
                     await asyncio.sleep(MEET_S)
 

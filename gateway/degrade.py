@@ -9,7 +9,7 @@ however fast others take what was left.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import msgspec
 from msgspec import Raw
@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from budget.cap import EFFORT_SHARE, effort_tokens
 from budget.degrade import Attempt, Needs, next_attempt, tokens_that_fit
+from budget.ledger import Unit
 from gateway.errors import InvalidRequest, PermissionDenied
 from gateway.extension import Degraded
 from gateway.modes.soft import LEAST_EFFORT
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from budget.errors import HoldRefused
-    from budget.ledger import Amounts, Hold, Unit
+    from budget.ledger import Amounts, Hold
     from gateway.auth import Key
     from gateway.backends.port import Surface
     from gateway.config import Config
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from gateway.request import RawFields
     from gateway.resolve import Ask
 
-UNITS: tuple[Unit, ...] = ("tokens", "thinking_tokens", "usd", "requests", "concurrency")
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 class Request(NamedTuple):

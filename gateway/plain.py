@@ -29,7 +29,7 @@ NULL = Raw(b"null")  # a union with Raw cannot be declared: absent and null read
 
 
 class _Message(Struct):
-    content: Any = None
+    content: Raw = NULL  # looked at only where thinking strays
     reasoning: str | None = None
     reasoning_content: str | None = None
 
@@ -105,7 +105,8 @@ class PlainAnswer:
         tally.is_guess = True
         texts = [choice.message for choice in self._typed.choices if choice.message is not None]
         thought = sum(at_least(text.reasoning or text.reasoning_content or "") for text in texts)
-        said = sum(at_least(text.content or "") for text in texts if isinstance(text.content, str))
+        answers = [msgspec.json.decode(text.content) for text in texts]
+        said = sum(at_least(answer) for answer in answers if isinstance(answer, str))
         return -(-tally.usage.completion_tokens * thought // max(1, thought + said))
 
     def require(self, choices: int) -> None:

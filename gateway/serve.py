@@ -71,9 +71,7 @@ async def serve_completion(
                 await Answer(gateway, exchange, prepared, key, hold, watched, record).carry_out()
                 return
         except (HoldRefused, StoreUnreachable) as exc:
-            if (
-                is_held
-            ):  # it came up later, of a hold that was there: the answer may have begun, and begins no second time
+            if is_held:  # it came up later: the answer may have begun, and begins no second time
                 raise
             request = Request(body, surface, key, state.models, state.config)
             lower = one_step_down(request, prepared, hold, exc) if isinstance(exc, HoldRefused) else None

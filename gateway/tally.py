@@ -212,6 +212,4 @@ class Tally:
         if not seen:
             return 0, 0
         self.is_guess = self.thinking > 0
-        if self.wasted_thinking:  # what was delivered is within the cap, and a guess must not say otherwise
-            return min(total, self.thinking), 0
         return min(total, -(-self.thinking * total // seen)), 0

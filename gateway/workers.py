@@ -242,8 +242,7 @@ def work(source: Source, sockets: list[socket.socket], folder: Path, number: int
     configure()
     try:
         config = load_config(source.path, overrides=source.overrides)
-        gateway = Gateway(config)
-        gateway.patience_s = MEET_BACKENDS_S
+        gateway = Gateway(config, patience_s=MEET_BACKENDS_S)
     except ConfigError as exc:
         log.error("the configuration cannot be used", extra={"reason": str(exc)})  # noqa: TRY400
         raise SystemExit(FAILED) from exc

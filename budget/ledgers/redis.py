@@ -337,9 +337,7 @@ def _standings(reply: list[Any], limits: Sequence[Limit], needs: Mapping[Unit, i
     ]
     if reply[0] == TAKEN:
         return standings
-    short = [standing for standing in standings if needs[standing.limit.unit] > max(0, standing.free)]
-    tightest = min(short, key=Standing.tightness)
-    refused = refusal(tightest, needs[tightest.limit.unit])
+    refused = refusal(standings, needs)
     refused.standings = standings
     raise refused
 

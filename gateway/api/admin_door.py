@@ -33,6 +33,12 @@ HEALTH = "readLedger"  # tells whether the store can be reached, also when it ca
 Answer = TypeVar("Answer")
 
 
+def authorization_of(request: Request) -> bytes | None:
+    """The header as it arrived."""
+    given = request.headers.get("authorization")
+    return None if given is None else given.encode("latin-1")
+
+
 class AdminRoute(APIRoute):
     """A route that lets in admins only, and answers errors as every other route does."""
 
@@ -42,9 +48,8 @@ class AdminRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             gateway: Gateway = request.app
-            authorization = request.headers.get("authorization")
             request.scope[ACTOR] = gateway.admin.tokens.identify(
-                None if authorization is None else authorization.encode("latin-1"),
+                authorization_of(request),
                 address="" if request.client is None else request.client.host,
                 request_id=request.scope.get(REQUEST_ID, ""),
             )

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from gateway import __version__
 from gateway.api.admin import ROUTERS, admin_methods
+from gateway.api.admin_door import authorization_of
 from gateway.api.embeddings import serve_embedding
 from gateway.api.openapi import document
 from gateway.auth import check_model
@@ -105,12 +106,6 @@ def add_routes(gateway: Gateway) -> None:
                 "scrape server.metrics.port, which adds them up."
             )
         return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def authorization_of(request: Request) -> bytes | None:
-    """The header as it arrived."""
-    given = request.headers.get("authorization")
-    return None if given is None else given.encode("latin-1")
 
 
 def _add_health(gateway: Gateway) -> None:

@@ -31,7 +31,7 @@ def cut(delta: Delta, thinking: str, answer: str, markers: MarkerIds | None, *, 
     of_thinking, of_answer = (delta, other) if ends_thinking else (other, delta)
     of_thinking.kind, of_thinking.text = Kind.THINKING, thinking
     of_answer.kind, of_answer.text = Kind.ANSWER, answer
-    of_answer.tool_calls, of_thinking.tool_calls = delta.tool_calls or other.tool_calls, None
+    of_answer.tool_calls, of_thinking.tool_calls = delta.tool_calls, None
     if thought or not ids:
         of_thinking.thinking, of_answer.thinking = delta.thinking, 0
         of_thinking.injected, of_answer.injected = delta.injected, 0

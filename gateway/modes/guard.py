@@ -41,7 +41,6 @@ class Guard:
     """
 
     __slots__ = (
-        "_answered",
         "_choices",
         "_finished",
         "_keeps_ids",
@@ -71,8 +70,7 @@ class Guard:
     ) -> None:
         self._tally, self._finished, self._choices = tally, finished, choices
         self._keeps_ids, self._keeps_text, self._opener = keeps_ids, keeps_text, opener
-        self._answered: set[int] = set()
-        self._said: set[int] = set()  # of the answered ones, those whose answer was delivered so far
+        self._said: set[int] = set()  # choices whose answer has begun
         self.calls: set[int] = set()
         self.ends: dict[int, int] = {}
         self._over: dict[int, int] = {}
@@ -87,8 +85,6 @@ class Guard:
 
     def unended(self, deltas: list[Delta]) -> list[Delta]:
         """Deltas without an end of turn inside the thinking: its choice is lost, and goes on to an answer."""
-        if self._keeps_text:
-            return [delta for delta in deltas if not self._ends_unanswered(delta)]
         if self._keeps_ids:
             for delta in deltas:
                 if delta.finish_reason == "stop" and delta.thinking and not delta.answer and delta.token_ids:
@@ -99,18 +95,6 @@ class Guard:
                     self._finished.discard(delta.index)
                     self._lose(delta.index)
         return deltas
-
-    def _ends_unanswered(self, delta: Delta) -> bool:
-        """Whether this is the end of a choice that only thought; going by text, as there are no ids."""
-        if _is_answer(delta):
-            self._answered.add(delta.index)
-        has_thought = self._tally.thinking_by_choice.get(delta.index, 0) > 0
-        if delta.finish_reason != "stop" or delta.index in self._answered or not has_thought:
-            return False
-        self.ends[delta.index] = NO_TOKEN
-        delta.finish_reason, delta.stop_reason, delta.wire = None, None, b""
-        self._lose(delta.index)
-        return not delta.text
 
     def is_ordinary(self, token_id: int) -> bool:
         """Whether a token within the cap needs nothing but to be remembered."""
@@ -128,11 +112,20 @@ class Guard:
         for delta in deltas:
             if self._keeps_ids and delta.token_ids:
                 self.ids.setdefault(delta.index, []).extend(delta.token_ids)
-            elif self._keeps_text and _is_answer(delta):
-                self._said.add(delta.index)
-            elif self._keeps_text and delta.kind is Kind.THINKING:
-                self.thoughts.setdefault(delta.index, []).append(delta.text)
-        return deltas
+        return [delta for delta in deltas if self._keep_text(delta)] if self._keeps_text else deltas
+
+    def _keep_text(self, delta: Delta) -> bool:
+        """Remember what a choice said or thought; whether anything is left where it ends its turn without an answer."""
+        if _is_answer(delta):
+            self._said.add(delta.index)
+        elif delta.kind is Kind.THINKING and delta.text:
+            self.thoughts.setdefault(delta.index, []).append(delta.text)
+        if delta.finish_reason != "stop" or delta.index in self._said or delta.index not in self.thoughts:
+            return True
+        self.ends[delta.index] = NO_TOKEN
+        delta.finish_reason, delta.stop_reason, delta.wire = None, None, b""
+        self._lose(delta.index)
+        return bool(delta.text)
 
     def _before_calls(self, deltas: list[Delta], opener: int) -> list[Delta]:
         """Deltas up to a tool call that begins inside the thinking; its choice is lost."""
@@ -167,7 +160,8 @@ class Guard:
                 # After a dropped one none fits any more, however short: it would follow on a gap.
                 over = delta.thinking if is_over else used[delta.index] - max(cap, before)
                 if delta.index in self._said:
-                    kept += self._dropped_after_its_answer(delta, over)
+                    self.overrun += over  # it is not lost for thinking again
+                    kept += self._unthought(delta)
                 else:
                     self._drop(delta, over)
             elif delta.finish_reason is not None and delta.index in self._over and not _is_answer(delta):
@@ -181,16 +175,15 @@ class Guard:
 
     def unthought(self, deltas: list[Delta]) -> list[Delta]:
         """Deltas without thinking, where nothing may be thought and nobody can take over: the answer still comes."""
-        kept = []
-        for delta in deltas:
-            if not delta.thinking:
-                kept.append(delta)
-                continue
-            self._waste(delta)
-            self._tally.capped = True
-            if delta.finish_reason is not None:
-                kept.append(Delta(index=delta.index, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason))
-        return kept
+        return [part for delta in deltas for part in (self._unthought(delta) if delta.thinking else [delta])]
+
+    def _unthought(self, delta: Delta) -> list[Delta]:
+        """What is left of a delta that is dropped: the end of its choice, if it says that."""
+        self._waste(delta)
+        self._tally.capped = True
+        if delta.finish_reason is None:
+            return []
+        return [Delta(index=delta.index, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)]
 
     def is_lost(self) -> bool:
         """Whether some choice is lost, and every other one finished."""
@@ -203,15 +196,6 @@ class Guard:
         self._over[delta.index] = self._over.get(delta.index, 0) + over
         if self._over[delta.index] > GRACE_TOKENS or delta.finish_reason is not None:
             self._lose(delta.index)
-
-    def _dropped_after_its_answer(self, delta: Delta, over: int) -> list[Delta]:
-        """A choice that has been answered is not lost for thinking again: what of the delta remains."""
-        self._waste(delta)
-        self._tally.capped = True
-        self.overrun += over
-        if delta.finish_reason is None:
-            return []
-        return [Delta(index=delta.index, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)]
 
     def _waste(self, delta: Delta) -> None:
         self.dropped += delta.thinking + delta.answer + delta.injected
