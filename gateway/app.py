@@ -19,13 +19,16 @@ from typing import IO, TYPE_CHECKING
 from fastapi import FastAPI
 
 from gateway import __version__
+from gateway.admin.store import open_ledger, open_records
+from gateway.admin.stored import Stored
 from gateway.api.admin import Admin
 from gateway.api.admin_door import REQUEST_ID
 from gateway.api.routes import HOT_ROUTES, Handler, add_routes, not_found
 from gateway.auth import Keyring
 from gateway.backends.http_backend import HttpBackend
-from gateway.config_load import key_hash_secret, secret_sha256s, webhook_secret
-from gateway.edge import ClientGone, Exchange, Message, Receive, Scope, Send
+from gateway.config.load import key_hash_secret, secret_sha256s, webhook_secret
+from gateway.edge.exchange import ClientGone, Exchange, Message, Receive, Scope, Send
+from gateway.edge.watch import Watch
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.idempotency import serve_once
 from gateway.log import LineWriter
@@ -35,14 +38,11 @@ from gateway.outcomes import Outcomes
 from gateway.record import Record
 from gateway.shapes import Decisions
 from gateway.soft_limits import SoftLimits
-from gateway.store import open_ledger, open_records
-from gateway.stored import Stored
-from gateway.watch import Watch
 from gateway.webhook import Webhook
 
 if TYPE_CHECKING:
     from budget.ledger import Hold, Ledger
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 log = logging.getLogger("thinkgate")
 OFFLINE = (b"x-thinkgate-budget", b"offline")

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from budget.degrade import STEPS, Step
-from gateway.config import Config, KeyConfig, KeyTraits
+from gateway.admin.secret import KEY_BYTES, KEY_START
+from gateway.config.schema import Config, KeyConfig, KeyTraits
 from gateway.errors import PermissionDenied, StoreUnavailable, Unauthenticated
-from gateway.secret import KEY_BYTES, KEY_START
 
 if TYPE_CHECKING:
-    from gateway.stored import Stored
+    from gateway.admin.stored import Stored
 
 
 @dataclass(frozen=True, slots=True)

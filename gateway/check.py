@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TextIO
 
 from gateway.auth import Keyring
-from gateway.config_load import key_hash_secret, secret_sha256s, webhook_secret
+from gateway.config.load import key_hash_secret, secret_sha256s, webhook_secret
 from gateway.errors import GatewayError
 from gateway.models import build_models
 
 if TYPE_CHECKING:
     from gateway.backends.port import Capabilities
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 HEAD = (
     "model",

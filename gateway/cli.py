@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from prometheus_client import start_http_server
 
 from gateway import __version__
+from gateway.admin.cli import add_keys_parser, run_keys
 from gateway.app import Gateway, clock
 from gateway.check import check
-from gateway.cli_keys import add_keys_parser, run_keys
-from gateway.config_load import ConfigError, load_config
+from gateway.config.load import ConfigError, load_config
 from gateway.log import configure
 from gateway.metrics_files import registry_of
 from gateway.reload import Reloader
@@ -25,7 +25,7 @@ from gateway.workers import Source, Workers, metric_folder
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 log = logging.getLogger("thinkgate")
 NOT_BUILT = {

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from budget.cap import EFFORT_SHARE, effort_tokens
 from budget.degrade import Attempt, Needs, next_attempt, tokens_that_fit
 from budget.ledger import Unit
+from gateway.edge.extension import Degraded
 from gateway.errors import InvalidRequest, PermissionDenied
-from gateway.extension import Degraded
 from gateway.modes.soft import LEAST_EFFORT
 from gateway.prepare import Heard, Prepared, ceiling_of, decide, hear
 from router.mode import ModeDecision
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from budget.errors import HoldRefused
     from budget.ledger import Amounts, Hold
+    from gateway.ask.request import RawFields
+    from gateway.ask.resolve import Ask
     from gateway.auth import Key
     from gateway.backends.port import Surface
-    from gateway.config import Config
+    from gateway.config.schema import Config
     from gateway.models import Model
-    from gateway.request import RawFields
-    from gateway.resolve import Ask
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 

@@ -21,10 +21,10 @@ from gateway.outcomes import Outcome
 if TYPE_CHECKING:
     from gateway.api.routes import Handler
     from gateway.app import Gateway
-    from gateway.edge import Exchange, Message, Send
+    from gateway.edge.exchange import Exchange, Message, Send
+    from gateway.edge.watch import Watched
     from gateway.outcomes import Claim, Outcomes
     from gateway.record import Record
-    from gateway.watch import Watched
 
 ROOT = "idempotency/"
 REPLAYED = (b"idempotent-replayed", b"true")

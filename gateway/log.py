@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from budget.tokens import TokenCounts
-from gateway.extension import Degraded
+from gateway.edge.extension import Degraded
 
 FLUSH_EVERY_S = 0.2
 MAX_PENDING = 50_000

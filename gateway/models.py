@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 
 from budget.cap import Bounds
 from budget.price import PriceTable
+from gateway.ask.fields import Switches
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Backend, Capabilities
-from gateway.config_load import backend_api_key
+from gateway.config.load import backend_api_key
 from gateway.enforcement import How, Needs, enforcement
 from gateway.errors import GatewayError, Overloaded
-from gateway.fields import Switches
 from router.placement import Candidate, place
 
 if TYPE_CHECKING:
     from budget.chain import Forcing
-    from gateway.config import BackendConfig, Config, ModelConfig
+    from gateway.config.schema import BackendConfig, Config, ModelConfig
 
 log = logging.getLogger("thinkgate.models")
 PROBE_AGAIN_S = 2.0

@@ -22,7 +22,7 @@ from gateway.errors import Headers, IdempotencyMismatch, StillRunning, StoreUnav
 
 if TYPE_CHECKING:
     from budget.records.port import Records
-    from gateway.config import IdempotencyConfig
+    from gateway.config.schema import IdempotencyConfig
 
 log = logging.getLogger("thinkgate.outcomes")
 TICK_S = 1.0

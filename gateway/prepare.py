@@ -14,22 +14,22 @@ import msgspec
 from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
 from budget.degrade import Step
 from budget.ledger import Amounts
+from gateway.ask.fields import check_choices, check_continued, check_media, upstream_fields
+from gateway.ask.request import RawFields, parse_chat, parse_completion
+from gateway.ask.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
 from gateway.auth import Key, check_model, degrade_steps
 from gateway.backends.port import Call, Surface, Thinking
+from gateway.edge.extension import CapReport, Degraded
 from gateway.enforcement import How, Needs, instant_enforcement
 from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from gateway.extension import CapReport, Degraded
-from gateway.fields import check_choices, check_continued, check_media, upstream_fields
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
 from gateway.modes.reasoning import Stops
 from gateway.modes.summary import most_used
-from gateway.request import RawFields, parse_chat, parse_completion
-from gateway.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
 from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
 
 if TYPE_CHECKING:
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 TEMPLATE_MARGIN_TOKENS = 256
 MEDIA_PART_TOKENS = 4096

@@ -12,7 +12,7 @@ from budget.tokens import TokenCounts
 from gateway.log import RequestLine
 
 if TYPE_CHECKING:
-    from gateway.edge import Exchange
+    from gateway.edge.exchange import Exchange
     from gateway.metrics import Metrics
     from gateway.modes.flow import Run
     from gateway.prepare import Prepared

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.config_load import ConfigError, load_config
+from gateway.config.load import ConfigError, load_config
 
 if TYPE_CHECKING:
     from gateway.app import Gateway
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 log = logging.getLogger("thinkgate.reload")
 POLL_S = 1.0

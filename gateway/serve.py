@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 
 from budget.envelope import Envelope
 from budget.errors import HoldRefused, StoreUnreachable
-from gateway.aggregate import Aggregator
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
 from gateway.degrade import Request, one_step_down
-from gateway.edge import EVENT_STREAM, JSON
+from gateway.edge.aggregate import Aggregator
+from gateway.edge.exchange import EVENT_STREAM, JSON
+from gateway.edge.extension import Report, Spent, UsageReport, encode
+from gateway.edge.plain import PlainAnswer
+from gateway.edge.sse import ChunkEncoder
 from gateway.errors import BudgetStoreUnreachable, Headers, LimitExceeded
-from gateway.extension import Report, Spent, UsageReport, encode
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
 from gateway.modes.reasoning import reasoning
 from gateway.modes.summary import Summaries
-from gateway.plain import PlainAnswer
 from gateway.prepare import TEMPLATE_MARGIN_TOKENS
-from gateway.sse import ChunkEncoder
 from gateway.tally import Tally
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from gateway.app import Gateway
     from gateway.auth import Key
     from gateway.backends.port import Delta, Surface
-    from gateway.edge import Exchange
+    from gateway.edge.exchange import Exchange
+    from gateway.edge.watch import Watched
     from gateway.models import Slot
     from gateway.prepare import Prepared
     from gateway.record import Record
-    from gateway.watch import Watched
 
 BYTES_PER_TOKEN = 4  # about; only for prompts that nobody counted
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from gateway import __version__
-from gateway.http_server import GuardedProtocol, sweep_heads
+from gateway.edge.http_server import GuardedProtocol, sweep_heads
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from gateway.app import Gateway
-    from gateway.config import Config
+    from gateway.config.schema import Config
     from gateway.reload import Reloader
 
 CANCELLED_S = 10  # after the drain's time: how long cancelled requests may take to say goodbye

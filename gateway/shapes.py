@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec import Raw
 from msgspec.structs import replace
 
-from gateway.fields import check_media
+from gateway.ask.fields import check_media
+from gateway.ask.request import check_text, parse_messages
 from gateway.prepare import Prepared, ceiling_of, decide, hear
-from gateway.request import check_text, parse_messages
 
 if TYPE_CHECKING:
     from gateway.auth import Key
     from gateway.backends.port import Capabilities, Surface
-    from gateway.config import Config
+    from gateway.config.schema import Config
     from gateway.models import Model
 
 MOST_SHAPES = 256

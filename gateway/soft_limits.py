@@ -20,8 +20,8 @@ from budget.price import NANO_PER_USD
 
 if TYPE_CHECKING:
     from budget.ledger import Hold, Limit, Standing
+    from gateway.admin.limits import Identity
     from gateway.errors import Headers
-    from gateway.limits import Identity
 
 SAME_WINDOW_S = 60.0  # ends of one window differ by less: a store's clock is not the gateway's
 

@@ -21,7 +21,7 @@ import httpx
 import msgspec
 
 if TYPE_CHECKING:
-    from gateway.config_alerts import AlertsConfig
+    from gateway.config.alerts import AlertsConfig
     from gateway.metrics import CounterCells
 
 log = logging.getLogger("thinkgate.webhook")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gateway.app import Gateway
-from gateway.config_load import ConfigError, load_config
+from gateway.config.load import ConfigError, load_config
 from gateway.log import configure
 from gateway.metrics_files import MetricFiles, forget_gauges
 from gateway.reload import Reloader
@@ -35,7 +35,7 @@ from gateway.server import CANCELLED_S, Server
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 log = logging.getLogger("thinkgate.workers")
 LOOK_S = 1.0

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 
 import gateway
 from gateway import errors
-from gateway.config import Config
-from gateway.config_load import load_config
-from gateway.extension import CapReport, Report
+from gateway.config.load import load_config
+from gateway.config.schema import Config
+from gateway.edge.extension import CapReport, Report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("[a-z]*.md"))]

@@ -27,7 +27,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 PERMITTED = {
     r"asyncio\.(create_task|ensure_future)\b": set(),
     r"\btime\.time\b": {"gateway/app.py"},
-    r"\bos\.(environ|getenv)\b": {"gateway/config_load.py"},
+    r"\bos\.(environ|getenv)\b": {"gateway/config/load.py"},
     r"\bhttpx\.AsyncClient\b": {"gateway/backends/probe.py", "gateway/webhook.py"},
     r"\bhttpx\.Client\b": set(),
     r"^import requests\b": set(),

@@ -1,7 +1,7 @@
 """The admin API: its routes together, and what they work on.
 
 Owns: which parts there are. Each has its routes in a module of its own here, and what they do in one of
-gateway/: keys, limits, admin_tokens, audit, usage.
+gateway/admin/.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 from fastapi.routing import APIRoute
 
-from gateway.admin_tokens import AdminTokens
+from gateway.admin.keys import Keys
+from gateway.admin.limits import Limits
+from gateway.admin.tokens import AdminTokens
 from gateway.api.admin_access import router as access
 from gateway.api.admin_keys import router as keys
 from gateway.api.admin_limits import router as limits
 from gateway.api.admin_reports import router as reports
-from gateway.config_load import environment
-from gateway.keys import Keys
-from gateway.limits import Limits
+from gateway.config.load import environment
 
 if TYPE_CHECKING:
     from budget.ledger import Ledger
-    from gateway.config import Config
-    from gateway.stored import Stored
+    from gateway.admin.stored import Stored
+    from gateway.config.schema import Config
 
 ROUTERS = (keys, limits, access, reports)
 

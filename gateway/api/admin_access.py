@@ -1,4 +1,4 @@
-"""Routes of the admin API for its tokens and its audit log. What they do is in gateway/admin_tokens.py and audit.py."""
+"""Routes of the admin API for its tokens and its audit log. What they do is in gateway/admin/tokens.py and audit.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from gateway.admin_tokens import TokenEntry
+from gateway.admin.audit import read_audit
+from gateway.admin.tokens import TokenEntry
 from gateway.api.admin_bodies import AuditItem, AuditList, AuditPage, TokenCreate, TokenList, TokenMade
 from gateway.api.admin_door import AdminRoute, asked, errors
-from gateway.audit import read_audit
 
 router = APIRouter(prefix="/admin/v1", route_class=AdminRoute)
 

@@ -11,15 +11,15 @@ from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
-from gateway.admin_tokens import TokenEntry
-from gateway.audit import AuditEntry
-from gateway.config import KeyTraits
-from gateway.config_base import Section
-from gateway.config_budgets import LimitConfig
-from gateway.kept import Role, moment
-from gateway.keys import GRACE_S, MOST_GRACE_S, KeyEntry
-from gateway.limits import LimitEntry
-from gateway.usage import DIMENSIONS, Dimension, UsageEntry
+from gateway.admin.audit import AuditEntry
+from gateway.admin.kept import Role, moment
+from gateway.admin.keys import GRACE_S, MOST_GRACE_S, KeyEntry
+from gateway.admin.limits import LimitEntry
+from gateway.admin.tokens import TokenEntry
+from gateway.admin.usage import DIMENSIONS, Dimension, UsageEntry
+from gateway.config.base import Section
+from gateway.config.budgets import LimitConfig
+from gateway.config.schema import KeyTraits
 
 EARLIEST_YEAR = 2000
 

@@ -17,12 +17,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from budget.errors import BudgetError
-from gateway.complaint import invalid_model
+from gateway.ask.complaint import invalid_model
+from gateway.ask.request import check_text
 from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest, RequestTooLarge, StoreUnavailable
-from gateway.request import check_text
 
 if TYPE_CHECKING:
-    from gateway.admins import Actor
+    from gateway.admin.admins import Actor
     from gateway.api.admin import Admin
     from gateway.app import Gateway
 

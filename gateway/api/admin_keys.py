@@ -1,4 +1,4 @@
-"""Routes of the admin API for keys. What they do is in gateway/keys.py."""
+"""Routes of the admin API for keys. What they do is in gateway/admin/keys.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from gateway.admin.keys import KeyEntry
 from gateway.api.admin_bodies import KeyChange, KeyCreate, KeyList, KeyMade, Page, Rotation
 from gateway.api.admin_door import AdminRoute, asked, errors
-from gateway.keys import KeyEntry
 
 router = APIRouter(prefix="/admin/v1/keys", route_class=AdminRoute)
 

@@ -1,4 +1,4 @@
-"""Routes of the admin API for limits. What they do is in gateway/limits.py."""
+"""Routes of the admin API for limits. What they do is in gateway/admin/limits.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from gateway.admin.limits import LimitEntry
 from gateway.api.admin_bodies import LimitBody, LimitFilter, LimitList, LimitName
 from gateway.api.admin_door import AdminRoute, asked, errors
-from gateway.limits import LimitEntry
 
 router = APIRouter(prefix="/admin/v1/limits", route_class=AdminRoute)
 

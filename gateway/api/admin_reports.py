@@ -1,4 +1,4 @@
-"""Routes of the admin API for what was used and how the ledger is. Grouping is in gateway/usage.py."""
+"""Routes of the admin API for what was used and how the ledger is. Grouping is in gateway/admin/usage.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from gateway.admin.usage import group_usage, usage_csv
 from gateway.api.admin_bodies import LedgerReport, UsageQuery, UsageReport
 from gateway.api.admin_door import AdminRoute, asked
 from gateway.errors import InvalidRequest
-from gateway.usage import group_usage, usage_csv
 
 router = APIRouter(prefix="/admin/v1", route_class=AdminRoute)
 DAYS = 30  # without `from`: today and the days before it

@@ -11,25 +11,25 @@ from msgspec import Raw
 from budget.errors import HoldRefused, StoreUnreachable
 from budget.ledger import Amounts
 from budget.tokens import TokenCounts
+from gateway.ask.request import RawFields, parse_embedding
 from gateway.backends.events import UsageBody
 from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import refuse_field
-from gateway.edge import JSON
+from gateway.edge.exchange import JSON
+from gateway.edge.extension import EmbeddingReport, Spent, encode
 from gateway.errors import UpstreamError
-from gateway.extension import EmbeddingReport, Spent, encode
 from gateway.prepare import find_model
-from gateway.request import RawFields, parse_embedding
 from gateway.serve import refusal
 
 if TYPE_CHECKING:
     from budget.ledger import Hold
     from gateway.app import Gateway
-    from gateway.edge import Exchange
+    from gateway.edge.exchange import Exchange
+    from gateway.edge.watch import Watched
     from gateway.errors import Headers
     from gateway.models import Model, Slot
     from gateway.record import Record
-    from gateway.watch import Watched
 
 _fields_decoder = msgspec.json.Decoder(RawFields)
 _usage_decoder = msgspec.json.Decoder(UsageBody | None)

@@ -23,10 +23,10 @@ from gateway.serve import serve_completion
 if TYPE_CHECKING:
     from gateway.app import Gateway
     from gateway.auth import Key
-    from gateway.edge import Exchange
+    from gateway.edge.exchange import Exchange
+    from gateway.edge.watch import Watched
     from gateway.models import Model
     from gateway.record import Record
-    from gateway.watch import Watched
 
 Handler = Callable[["Gateway", "Exchange", "Record", "Watched"], Awaitable[None]]
 NOT_BUILT = {

@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 import msgspec
 
+from gateway.ask.request import GATEWAY_OWNED, MAX_DEPTH, ChatFields, CompletionFields, EmbeddingFields
+from gateway.edge.extension import EmbeddingReport, Report, UsageReport
 from gateway.enforcement import How
-from gateway.extension import EmbeddingReport, Report, UsageReport
-from gateway.request import GATEWAY_OWNED, MAX_DEPTH, ChatFields, CompletionFields, EmbeddingFields
 
 Json = dict[str, Any]
 REF = "#/components/schemas/"

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from budget.chain import Forcing
+from gateway.ask.fields import thinking_on
 from gateway.backends.embedded_fields import read_call, read_segment
 from gateway.backends.embedded_shapes import DeltaShaper, SegmentShaper
 from gateway.backends.port import Call, Capabilities, Delta, Express, Thinking
 from gateway.backends.segments import WAIT
 from gateway.backends.tool_text import tool_format_of
 from gateway.errors import GatewayError, InvalidRequest, Overloaded, UpstreamError
-from gateway.fields import thinking_on
 from kernels.errors import EngineClosed, KernelError, ModelUnusable, QueueFull, RequestRefused
 from kernels.params import Failed, Finished, Output
 from kernels.toolcalls import OPENING
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from gateway.backends.port import Segment
-    from gateway.config import ThinkingConfig
+    from gateway.config.schema import ThinkingConfig
     from kernels.engine import Engine
     from kernels.params import ChatInput, CompletionInput, Event, GenerationRequest, Json, Options
     from kernels.tokens import Tokens

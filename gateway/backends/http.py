@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from gateway.coalesce import CoalescedTransport
+from gateway.edge.coalesce import CoalescedTransport
 from gateway.errors import DeadlinePassed, UpstreamError
 
 if TYPE_CHECKING:
-    from gateway.config import Timeouts
+    from gateway.config.schema import Timeouts
 
 HIGH_WATER_BYTES = 256 * 1024
 IDLE_KEEP_S = 3.0  # after the last byte; uvicorn, and so vLLM, closes idle connections after 5 s: be the first

@@ -19,7 +19,7 @@ from gateway.backends.segments import SegmentReader, segment_body, tokenize_body
 from gateway.errors import GatewayError, UpstreamError, UpstreamRejected
 
 if TYPE_CHECKING:
-    from gateway.config import BackendConfig, ThinkingConfig, Timeouts
+    from gateway.config.schema import BackendConfig, ThinkingConfig, Timeouts
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 STREAM_INTERVAL_TOKENS = 16

@@ -13,13 +13,13 @@ import httpx
 
 from budget.cap import ThinkingMeter
 from budget.chain import Forcing
+from gateway.ask.fields import thinking_on
 from gateway.backends.port import Capabilities
 from gateway.backends.reader import MarkerIds
 from gateway.backends.segments import CONTINUES, WAIT
 from gateway.backends.tool_calls import OPENING
 from gateway.backends.tool_text import tool_format_of
 from gateway.errors import UpstreamError
-from gateway.fields import thinking_on
 
 if TYPE_CHECKING:
     from gateway.backends.http_backend import HttpBackend

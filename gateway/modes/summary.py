@@ -20,9 +20,9 @@ from gateway.errors import GatewayError
 from gateway.modes.soft import LEAST_EFFORT
 
 if TYPE_CHECKING:
-    from gateway.extension import SummaryReport
+    from gateway.ask.request import Summary
+    from gateway.edge.extension import SummaryReport
     from gateway.modes.flow import Batches, Run
-    from gateway.request import Summary
 
 log = logging.getLogger("thinkgate.summary")
 MOST_TOKENS: dict[Summary, int] = {"concise": 96, "auto": 192, "detailed": 512}

@@ -11,8 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gateway.config import Config
-from gateway.config_load import load_config
+from gateway.config.load import load_config
+from gateway.config.schema import Config
 
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "thinkgate"
 CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))

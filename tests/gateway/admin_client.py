@@ -15,7 +15,7 @@ import pytest
 from budget.ledger import Amounts, LedgerHealth, UsageRow
 from budget.ledgers.memory import MemoryLedger
 from gateway.app import Gateway
-from gateway.config import Config
+from gateway.config.schema import Config
 from tests.gateway.asgi import Answered, ask, gateway_of
 from tests.gateway.still import CHAT
 from tests.gateway.tenants import NOON

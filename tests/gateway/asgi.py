@@ -10,7 +10,7 @@ from typing import Any
 
 from gateway.app import Gateway
 from gateway.backends.port import Call, Capabilities, Delta, Express, Kind, Segment, Usage
-from gateway.config import Config
+from gateway.config.schema import Config
 from tests.gateway.still import HOLDS_CAPS
 
 Json = dict[str, Any]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from gateway.ask.request import parse_chat, parse_completion, parse_embedding
 from gateway.errors import InvalidRequest
-from gateway.request import parse_chat, parse_completion, parse_embedding
 
 Json = dict[str, Any]
 CHAT: Json = {"model": "qwen", "messages": [{"role": "user", "content": "hi"}]}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from gateway.ask.request import parse_chat, parse_completion
+from gateway.ask.resolve import Ask, resolve_chat, resolve_completion
 from gateway.errors import InvalidRequest
-from gateway.request import parse_chat, parse_completion
-from gateway.resolve import Ask, resolve_chat, resolve_completion
 
 Json = dict[str, Any]
 SUMMARIES = ("auto", "concise", "detailed")

@@ -24,10 +24,10 @@ from budget.ledgers.memory import MemoryLedger
 from gateway.app import Gateway
 from gateway.backends.http import Pool
 from gateway.backends.http_backend import HttpBackend
-from gateway.config import Config
-from gateway.http_server import GuardedProtocol
+from gateway.config.schema import Config
+from gateway.edge.http_server import GuardedProtocol
+from gateway.edge.watch import Watched
 from gateway.models import Slot
-from gateway.watch import Watched
 from tests.scripted_backend import ScriptedBackend
 
 Json = dict[str, Any]

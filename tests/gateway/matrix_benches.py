@@ -19,7 +19,7 @@ from budget.ledger import Amounts
 from gateway.app import Gateway
 from gateway.backends.embedded import EmbeddedBackend
 from gateway.backends.http_backend import HttpBackend
-from gateway.config import Config
+from gateway.config.schema import Config
 from gateway.models import Tried
 from gateway.modes.soft import ANSWER_NOW
 from kernels.engine import Engine

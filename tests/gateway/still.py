@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.auth import ANYONE, Key
 from gateway.backends.port import Capabilities, Surface
-from gateway.config import Config
+from gateway.config.schema import Config
 from gateway.models import Model, build_models
 from gateway.prepare import Prepared, prepare
 

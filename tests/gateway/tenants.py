@@ -10,14 +10,14 @@ import msgspec
 
 from budget.errors import RecordsUnreachable
 from budget.records.memory import MemoryRecords
-from gateway.admin_tokens import AdminTokens
-from gateway.admins import Actor, Path
+from gateway.admin.admins import Actor, Path
+from gateway.admin.keys import Keys
+from gateway.admin.limits import Limits
+from gateway.admin.stored import Stored
+from gateway.admin.tokens import AdminTokens
 from gateway.auth import Key, Keyring
-from gateway.config import Config, KeyTraits
+from gateway.config.schema import Config, KeyTraits
 from gateway.errors import Unauthenticated
-from gateway.keys import Keys
-from gateway.limits import Limits
-from gateway.stored import Stored
 from tests.gateway.still import config_of
 
 ROOT = Actor("root", "admin", address="192.0.2.1", request_id="req-1")

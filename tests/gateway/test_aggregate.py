@@ -9,9 +9,9 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.aggregate import Aggregator
 from gateway.backends.port import Delta, Kind, Surface, Usage
-from gateway.sse import ChunkEncoder
+from gateway.edge.aggregate import Aggregator
+from gateway.edge.sse import ChunkEncoder
 from tests.gateway.folding import UPSTREAM, deltas_of, folded
 from tests.scripted_stream import Say, Token, tokens
 

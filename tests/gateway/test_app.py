@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from gateway.app import Gateway
-from gateway.config import Config
+from gateway.config.schema import Config
 
 PARTS = ["backend 0", "backend 1", "ledger", "records", "lines"]
 

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from gateway.auth import ANYONE, Key, Keyring, check_model
-from gateway.config import KeyConfig
+from gateway.config.schema import KeyConfig
 from gateway.errors import PermissionDenied, Unauthenticated
 from tests.gateway.still import config_of
 

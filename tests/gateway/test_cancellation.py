@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from gateway.backends.http_backend import HttpBackend
-from gateway.watch import Reason
+from gateway.edge.watch import Reason
 from tests.gateway.live import (
     ASK,
     CHAT,

@@ -7,8 +7,8 @@ import io
 import pytest
 
 from gateway.check import check
-from gateway.config import Config
-from gateway.config_load import ConfigError
+from gateway.config.load import ConfigError
+from gateway.config.schema import Config
 from tests.gateway.live import tree_of
 
 ALERTS = {"webhook_url": "https://example.test/hook", "secret_env": "HOOK"}

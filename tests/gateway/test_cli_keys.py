@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from budget.records.sqlite import SqliteRecords
+from gateway.admin.stored import Stored
 from gateway.cli import main
-from gateway.stored import Stored
 
 CONFIG = """
 models: {qwen: {backends: [{id: a, url: "http://127.0.0.1:1"}]}}

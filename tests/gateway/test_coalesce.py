@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.coalesce import MOST_HELD_BYTES, CoalescedTransport
+from gateway.edge.coalesce import MOST_HELD_BYTES, CoalescedTransport
 
 pytestmark = pytest.mark.anyio
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gateway.config import Config
-from gateway.config_load import _problems
+from gateway.config.load import _problems
+from gateway.config.schema import Config
 
 Json = dict[str, Any]
 SMALL: Json = {"models": {"qwen3": {"backends": [{"id": "a", "url": "http://127.0.0.1:8000"}]}}}

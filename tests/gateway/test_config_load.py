@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.config import Config
-from gateway.config_load import (
+from gateway.config.load import (
     DEFAULT_MODEL,
     ConfigError,
     backend_api_key,
     load_config,
     secret_sha256s,
 )
+from gateway.config.schema import Config
 
 SMALL = """
 server: {port: 8081}

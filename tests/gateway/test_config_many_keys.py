@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import pytest
 
-from gateway.config import Config, KeyConfig
-from gateway.config_budgets import LimitConfig
-from gateway.config_load import ConfigError, secret_sha256s
+from gateway.config.budgets import LimitConfig
+from gateway.config.load import ConfigError, secret_sha256s
+from gateway.config.schema import Config, KeyConfig
 
 COUNT = 200
 MODEL = {"backends": [{"id": "a", "url": "http://127.0.0.1:1"}]}

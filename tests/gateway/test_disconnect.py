@@ -162,7 +162,7 @@ async def test_goodbye_that_is_not_read_is_not_waited_for(
     scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that never reads cannot hold up the end of its request: its error event is given up, it is cut."""
-    monkeypatch.setattr("gateway.edge.FAIL_S", 0.05)
+    monkeypatch.setattr("gateway.edge.exchange.FAIL_S", 0.05)
     async with live(tree_of(scripted)) as gateway:
         scripted.forget()
         scripted.queue(Script(say=[ENDLESS], events_per_write=20))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.backends.port import Delta
-from gateway.http_server import write_part
+from gateway.edge.http_server import write_part
 from gateway.modes.flow import Run
 from tests.gateway.live import ASK, STREAM, Client, Json, Live, ask, live, tree_of
 from tests.scripted_backend import ScriptedBackend

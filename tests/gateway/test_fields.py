@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
-from gateway.config import ThinkingConfig
+from gateway.ask.fields import CONSUMED, NOT_ON_VLLM, Switches, check_choices, check_media, thinking_on, upstream_fields
+from gateway.ask.request import ChatFields, parse_chat
+from gateway.config.schema import ThinkingConfig
 from gateway.errors import InvalidRequest
-from gateway.fields import CONSUMED, NOT_ON_VLLM, Switches, check_choices, check_media, thinking_on, upstream_fields
-from gateway.request import ChatFields, parse_chat
 
 Json = dict[str, Any]
 THINKING = ThinkingConfig()

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.backends import http
 from gateway.backends.http import HIGH_WATER_BYTES, Pool, UpstreamUnreachable
-from gateway.config import Timeouts
+from gateway.config.schema import Timeouts
 from gateway.errors import DeadlinePassed, UpstreamError
 from tests.gateway.live import ASK, INSTANT, STREAM, Json, Live, ask, live, tree_of
 from tests.scripted_backend import ScriptedBackend

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvicorn
 
-from gateway.edge import WHOLE_RESPONSE, Exchange
-from gateway.http_server import MAX_HEAD_BYTES, GuardedProtocol, sweep_heads
+from gateway.edge.exchange import WHOLE_RESPONSE, Exchange
+from gateway.edge.http_server import MAX_HEAD_BYTES, GuardedProtocol, sweep_heads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from gateway.edge import Receive, Scope, Send
+    from gateway.edge.exchange import Receive, Scope, Send
 
 pytestmark = pytest.mark.anyio
 

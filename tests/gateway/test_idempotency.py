@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from budget.records.memory import MemoryRecords
-from gateway.config import Config
+from gateway.config.schema import Config
 from tests.gateway.live import (
     ASK,
     COMPLETIONS,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gateway.config import Config, KeyTraits
+from gateway.admin.keys import GRACE_S, MOST_SECRETS
+from gateway.config.schema import Config, KeyTraits
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest, Unauthenticated
-from gateway.keys import GRACE_S, MOST_SECRETS
 from tests.gateway.still import config_of
 from tests.gateway.tenants import NOON, ROOT, Replica, is_refused, replica, replicas, with_file_key
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from budget.ledger import Limit
-from gateway.config_budgets import LimitConfig
+from gateway.config.budgets import LimitConfig
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest, PermissionDenied
 from tests.gateway.still import config_of
 from tests.gateway.tenants import ROOT, VIEWER, Replica, replica, scoped

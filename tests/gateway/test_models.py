@@ -8,8 +8,8 @@ import pytest
 
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Capabilities
-from gateway.config import Config
-from gateway.config_load import ConfigError
+from gateway.config.load import ConfigError
+from gateway.config.schema import Config
 from gateway.errors import Overloaded
 from gateway.models import Model, build_models
 from tests.gateway.still import HOLDS_CAPS, Json, config_of, models_of

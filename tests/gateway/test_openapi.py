@@ -16,9 +16,9 @@ from gateway.api.openapi import document
 from gateway.api.routes import HOT_ROUTES
 from gateway.api.schemas import NAMES, REQUESTS
 from gateway.app import Gateway
-from gateway.config import Config
+from gateway.ask.request import GATEWAY_OWNED, parse_chat, parse_completion, parse_embedding
+from gateway.config.schema import Config
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.request import GATEWAY_OWNED, parse_chat, parse_completion, parse_embedding
 from tests.gateway.live import (
     ASK,
     CHAT,

@@ -15,8 +15,8 @@ from budget.records.memory import MemoryRecords
 from budget.records.port import Records
 from budget.records.redis import RedisRecords
 from budget.records.sqlite import SqliteRecords
-from gateway.config import IdempotencyConfig
-from gateway.edge import Exchange, Message
+from gateway.config.schema import IdempotencyConfig
+from gateway.edge.exchange import Exchange, Message
 from gateway.errors import IdempotencyMismatch, StillRunning, StoreUnavailable
 from gateway.idempotency import Capture
 from gateway.outcomes import Claim, Outcome, Outcomes

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from budget.price import PriceTable
 from budget.tokens import TokenCounts
 from gateway.backends.reader import MarkerIds
+from gateway.edge.extension import CapReport, Report, Spent, UsageReport
+from gateway.edge.plain import PlainAnswer
 from gateway.errors import UpstreamError
-from gateway.extension import CapReport, Report, Spent, UsageReport
-from gateway.plain import PlainAnswer
 from gateway.tally import Tally
 
 Json = dict[str, Any]

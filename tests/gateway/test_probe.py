@@ -11,7 +11,7 @@ import pytest
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Capabilities
 from gateway.backends.reader import MarkerIds
-from gateway.config import BackendConfig, ThinkingConfig, Timeouts
+from gateway.config.schema import BackendConfig, ThinkingConfig, Timeouts
 from gateway.errors import UpstreamError
 from tests.gateway.live import ask, live, tree_of
 from tests.scripted_backend import ScriptedBackend

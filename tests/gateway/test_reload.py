@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.config import Config
-from gateway.config_load import load_config
+from gateway.config.load import load_config
+from gateway.config.schema import Config
 from gateway.reload import Reloader
 from tests.gateway.live import (
     ASK,

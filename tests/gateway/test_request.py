@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.request import (
+from gateway.ask.request import (
     MAX_DEPTH,
     MAX_STOP,
     ChatFields,

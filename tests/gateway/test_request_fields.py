@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.request import GATEWAY_OWNED, MAX_STOP, parse_chat, parse_completion, parse_embedding
+from gateway.ask.request import GATEWAY_OWNED, MAX_STOP, parse_chat, parse_completion, parse_embedding
 from tests.gateway.bodies import CHAT, TEXT, Json, chat, chat_raw, refused
 
 

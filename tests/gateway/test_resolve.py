@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.resolve import UNCAPPED
+from gateway.ask.resolve import UNCAPPED
 from tests.gateway.dialects import (
     ALL_ON,
     EFFORTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from gateway.resolve import EnvelopeAsk, split_suffix
+from gateway.ask.resolve import EnvelopeAsk, split_suffix
 from tests.gateway.dialects import (
     ALL_ON,
     EVERYTHING,

@@ -9,8 +9,8 @@ import pytest
 
 from budget.ledger import Amounts, Limit
 from budget.ledgers.memory import MemoryHold, MemoryLedger
-from gateway.config_budgets import LimitConfig
-from gateway.limits import identity
+from gateway.admin.limits import identity
+from gateway.config.budgets import LimitConfig
 from gateway.soft_limits import SoftLimitPassed, SoftLimits
 from tests.budget.clocks import NOON, Clock
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gateway.config_load import ConfigError
+from gateway.config.load import ConfigError
 from tests.gateway.live import ASK, CHAT, DEADLINE_S, EMBEDDINGS, INSTANT, MODEL, STREAM, Json, ask, live, tree_of
 from tests.gateway.test_embeddings import answer_of
 from tests.gateway.test_webhook import Receiver, receiving
@@ -89,7 +89,7 @@ async def test_a_webhook_that_is_down_fails_no_request(scripted: ScriptedBackend
 
 async def test_a_reload_brings_marks_and_webhook(scripted: ScriptedBackend) -> None:
     """Both follow the configuration while requests are served; a secret that is missing leaves the old one in force."""
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
     async with receiving() as receiver, live(tree(scripted, None, soft=None)) as running:
         assert HEADER not in (await ask(running)).headers

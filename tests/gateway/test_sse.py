@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from gateway.backends.port import Delta, Kind, Surface, Usage
-from gateway.sse import ChunkEncoder
+from gateway.edge.sse import ChunkEncoder
 from tests.gateway.folding import UPSTREAM, chunks_of, deltas_of, folded
 from tests.scripted_stream import Say, tokens
 

@@ -15,12 +15,12 @@ import pytest
 
 from budget.ledger import told
 from budget.ledgers.leased import LeasedLedger
+from gateway.admin.store import open_ledger, open_records
 from gateway.app import Gateway
-from gateway.config import Config
-from gateway.config_budgets import StoreConfig
-from gateway.config_load import ConfigError
+from gateway.config.budgets import StoreConfig
+from gateway.config.load import ConfigError
+from gateway.config.schema import Config
 from gateway.reload import Reloader
-from gateway.store import open_ledger, open_records
 from tests.budget.valkey import valkey
 from tests.budget.virtual import FaultyStore
 from tests.gateway.live import ASK, DEADLINE_S, EMBEDDINGS, INSTANT, STREAM, Client, Json, Live, ask, live, tree_of

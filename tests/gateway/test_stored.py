@@ -12,11 +12,11 @@ import pytest
 
 from budget.errors import RecordsUnreachable
 from budget.records.port import Note
-from gateway.config_budgets import LimitConfig
+from gateway.admin.kept import HASHER, KEYS, LIMITS, KeptKey, KeptLimit
+from gateway.admin.secret import KEY_BYTES, Hasher, new_secret
+from gateway.admin.stored import Stored
+from gateway.config.budgets import LimitConfig
 from gateway.errors import ConflictingChange, StoreUnavailable, Unauthenticated
-from gateway.kept import HASHER, KEYS, LIMITS, KeptKey, KeptLimit
-from gateway.secret import KEY_BYTES, Hasher, new_secret
-from gateway.stored import Stored
 from tests.gateway.still import config_of
 from tests.gateway.tenants import ROOT, BreakableRecords, Clock, Replica, replica, replicas
 
@@ -332,9 +332,9 @@ async def test_keeping_up_follows_purges_and_survives(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The task of a gateway follows changes, frees what is over, outlives failures and bugs, and can be cancelled."""
-    monkeypatch.setattr("gateway.stored.POLL_S", 0)
-    monkeypatch.setattr("gateway.stored.PURGE_EVERY", 1)
-    monkeypatch.setattr("gateway.stored.WHOLE_EVERY", 3)
+    monkeypatch.setattr("gateway.admin.stored.POLL_S", 0)
+    monkeypatch.setattr("gateway.admin.stored.PURGE_EVERY", 1)
+    monkeypatch.setattr("gateway.admin.stored.WHOLE_EVERY", 3)
     here, there = replicas(2)
     await there.stored.refresh()
 

@@ -10,12 +10,12 @@ import pytest
 from budget.envelope import Envelope
 from budget.ledger import Amounts, Remaining, Standing, Unit, Used
 from budget.price import PriceTable
+from gateway.ask.request import parse_chat
+from gateway.ask.resolve import resolve_chat
 from gateway.backends.port import Call, Delta, Kind, Thinking, Usage
 from gateway.backends.reader import MarkerIds, StreamReader
 from gateway.errors import InvalidRequest, UpstreamError
 from gateway.modes.flow import Run
-from gateway.request import parse_chat
-from gateway.resolve import resolve_chat
 from gateway.tally import Tally
 
 MARKERS = MarkerIds(15, 16)

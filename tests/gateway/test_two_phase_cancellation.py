@@ -7,7 +7,7 @@ import gc
 
 import pytest
 
-from gateway.watch import Reason
+from gateway.edge.watch import Reason
 from tests.gateway.live import CHAT, DEADLINE_S, Live
 from tests.gateway.test_cancellation import MOST_AWAITS, Exchange, assert_clean, run_cancelled
 from tests.gateway.wrecks import STORIES, Place, stage

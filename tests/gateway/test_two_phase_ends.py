@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.watch import Watched
+from gateway.edge.watch import Watched
 from tests.gateway.live import ASK, MODEL, STREAM, Client, Json, Live, ask, live, tree_of
 from tests.gateway.wrecks import STORIES, Case, Place, stage
 from tests.scripted_backend import ScriptedBackend

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budget.ledger import UsageRow
+from gateway.admin.usage import DIMENSIONS, MOST_GROUPS, SUMS, Dimension, group_usage, usage_csv
 from gateway.errors import InvalidRequest
-from gateway.usage import DIMENSIONS, MOST_GROUPS, SUMS, Dimension, group_usage, usage_csv
 
 MONDAY, TUESDAY = dt.date(2026, 11, 23), dt.date(2026, 11, 24)
 

@@ -18,9 +18,9 @@ import msgspec
 import pytest
 from pydantic import ValidationError
 
-from gateway.config import Config
-from gateway.config_alerts import AlertsConfig
-from gateway.config_load import ConfigError, webhook_secret
+from gateway.config.alerts import AlertsConfig
+from gateway.config.load import ConfigError, webhook_secret
+from gateway.config.schema import Config
 from gateway.metrics import CounterCells
 from gateway.webhook import FINAL, LONGEST_PAUSE_S, MOST_WAITING, Webhook
 from tests.gateway.live import DEADLINE_S

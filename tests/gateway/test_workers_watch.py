@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gateway.config import Config
+from gateway.config.schema import Config
 from gateway.workers import FAILED, FIRST_PAUSE_S, HUNG_AFTER_LOOKS, SHORT_LIFE_S, Source, Workers
 
 LONG_S = 10 * SHORT_LIFE_S

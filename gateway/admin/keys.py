@@ -15,16 +15,16 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from budget.records.port import Note
-from gateway.admins import Actor
-from gateway.audit import audited
+from gateway.admin.admins import Actor
+from gateway.admin.audit import audited
+from gateway.admin.kept import KEYS, KeptKey, KeptSecret, moment
+from gateway.admin.secret import KEY_PREFIX
+from gateway.admin.stored import Stored
+from gateway.ask.complaint import invalid_model
 from gateway.auth import ANYONE, Key
-from gateway.complaint import invalid_model
-from gateway.config import Config, KeyConfig, KeyTraits
-from gateway.config_base import Section
+from gateway.config.base import Section
+from gateway.config.schema import Config, KeyConfig, KeyTraits
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest
-from gateway.kept import KEYS, KeptKey, KeptSecret, moment
-from gateway.secret import KEY_PREFIX
-from gateway.stored import Stored
 
 GRACE_S = 86_400.0
 MOST_GRACE_S = 30 * 86_400.0

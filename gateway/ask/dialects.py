@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateway.ask.request import AnthropicThinking, Common, Extension, GeminiThinking, Reasoning, Summary
 from gateway.errors import InvalidRequest
-from gateway.request import AnthropicThinking, Common, Extension, GeminiThinking, Reasoning, Summary
 
 LEAST_FIELD = "thinkgate.min_thinking_tokens"
 # Arguments of the templating itself, not of a template.

@@ -12,9 +12,9 @@ import msgspec
 
 from budget.degrade import STEPS, Step
 from budget.price import nano_usd
-from gateway.dialects import LEAST_FIELD, Said, contradiction, hear_common, hear_dialects, hear_least
+from gateway.ask.dialects import LEAST_FIELD, Said, contradiction, hear_common, hear_dialects, hear_least
+from gateway.ask.request import ChatFields, Common, CompletionFields, Extension, Summary
 from gateway.errors import InvalidRequest
-from gateway.request import ChatFields, Common, CompletionFields, Extension, Summary
 
 UNCAPPED = -1
 SUFFIXES = ("instant", "reasoning", "auto", "agentic", "search")

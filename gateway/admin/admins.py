@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from gateway.errors import InvalidRequest, PermissionDenied
 
 if TYPE_CHECKING:
-    from gateway.kept import Role
+    from gateway.admin.kept import Role
 
 RANKS = {"org": 0, "team": 1, "user": 2, "key": 3}
 PART = re.compile(r"(org|team|user|key|tag):[^\s/]+")

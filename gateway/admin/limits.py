@@ -2,7 +2,7 @@
 
 Owns: the rules by which the two agree, and limits made and removed through the admin API. Limits of the file are
 read-only there. Of two on the same scope, unit and window the tighter one counts. Does not own: what a limit may be
-(config.py), nor counting (budget/ledger.py).
+(config/schema.py), nor counting (budget/ledger.py).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Literal
 from budget.ledger import Limit
 from budget.price import nano_usd
 from budget.records.port import Note
-from gateway.admins import Actor
-from gateway.audit import audited
-from gateway.config_budgets import LimitConfig
+from gateway.admin.admins import Actor
+from gateway.admin.audit import audited
+from gateway.admin.kept import LIMITS, KeptLimit, moment
+from gateway.config.budgets import LimitConfig
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest
-from gateway.kept import LIMITS, KeptLimit, moment
 
 if TYPE_CHECKING:
-    from gateway.config import Config
-    from gateway.keys import Keys
-    from gateway.stored import Stored
+    from gateway.admin.keys import Keys
+    from gateway.admin.stored import Stored
+    from gateway.config.schema import Config
 
 Identity = tuple[str, str, str | None]
 

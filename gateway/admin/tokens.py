@@ -14,14 +14,14 @@ from typing import Literal
 from msgspec.structs import replace
 
 from budget.records.port import Note
-from gateway.admins import Actor, Path, parse_paths
-from gateway.audit import audited
-from gateway.config_base import Section
+from gateway.admin.admins import Actor, Path, parse_paths
+from gateway.admin.audit import audited
+from gateway.admin.kept import TOKENS, KeptToken, Role, moment
+from gateway.admin.keys import check_end
+from gateway.admin.secret import ADMIN_PREFIX
+from gateway.admin.stored import Stored
+from gateway.config.base import Section
 from gateway.errors import ConflictingChange, EntryNotFound, PermissionDenied, Unauthenticated
-from gateway.kept import TOKENS, KeptToken, Role, moment
-from gateway.keys import check_end
-from gateway.secret import ADMIN_PREFIX
-from gateway.stored import Stored
 
 ROOT_ID, SHELL_ID = "root", "cli"
 

@@ -12,11 +12,11 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from gateway.edge import ClientGone, Exchange
+from gateway.edge.exchange import ClientGone, Exchange
 from gateway.errors import DeadlinePassed, GatewayError, Overloaded
 
 if TYPE_CHECKING:
-    from gateway.config import Timeouts
+    from gateway.config.schema import Timeouts
 
 TICK_S = 0.05
 Reason = Literal["disconnect", "slow_client", "body", "envelope", "timeout", "drain"]

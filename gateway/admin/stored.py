@@ -21,11 +21,7 @@ from pydantic import ValidationError
 
 from budget.errors import Conflict, RecordsUnreachable
 from budget.records.port import Note, Record, Records
-from gateway.auth import Key
-from gateway.config import KeyTraits
-from gateway.config_budgets import LimitConfig
-from gateway.errors import ConflictingChange
-from gateway.kept import (
+from gateway.admin.kept import (
     HASHER,
     KEYS,
     LIMITS,
@@ -40,7 +36,11 @@ from gateway.kept import (
     decode,
     encode,
 )
-from gateway.secret import RANDOM_BYTES, Hasher, new_secret
+from gateway.admin.secret import RANDOM_BYTES, Hasher, new_secret
+from gateway.auth import Key
+from gateway.config.budgets import LimitConfig
+from gateway.config.schema import KeyTraits
+from gateway.errors import ConflictingChange
 
 log = logging.getLogger("thinkgate.stored")
 POLL_S = 0.5  # so that a change is known everywhere within a second

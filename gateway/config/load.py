@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gateway.config import Config
+from gateway.config.schema import Config
 
 ENV_PREFIX = "THINKGATE_"
 SHORTEST_HASH_SECRET = 16

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from budget.records.port import Note, Records
-from gateway.kept import AUDIT
+from gateway.admin.kept import AUDIT
 
 if TYPE_CHECKING:
-    from gateway.admins import Actor
+    from gateway.admin.admins import Actor
 
 Json = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.coalesce import CoalescedTransport
-from gateway.edge import BODY_PART, WHOLE_RESPONSE
+from gateway.edge.coalesce import CoalescedTransport
+from gateway.edge.exchange import BODY_PART, WHOLE_RESPONSE
 from gateway.errors import GatewayError, HeadTooLarge, InvalidRequest
 
 if TYPE_CHECKING:

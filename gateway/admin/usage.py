@@ -13,7 +13,7 @@ from typing import Literal
 
 from budget.ledger import UsageRow
 from budget.price import NANO_PER_USD
-from gateway.config_base import Section
+from gateway.config.base import Section
 from gateway.errors import InvalidRequest
 
 Dimension = Literal["scope", "model", "mode", "day"]

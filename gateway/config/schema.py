@@ -1,8 +1,8 @@
 """The configuration: one frozen model, validated once, passed down.
 
 Owns: every key of the file (docs/config.md), its default and what a wrong value should have been; those of `limits`
-and `store` are in config_budgets.py, those of `alerts` in config_alerts.py. Does not own: reading files and the
-environment (config_load.py), nor secrets, which are only named here.
+and `store` are in budgets.py, those of `alerts` in alerts.py. Does not own: reading files and the
+environment (load.py), nor secrets, which are only named here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config_alerts import AlertsConfig
-from gateway.config_base import NonNegativeInt, PositiveInt, Section, Variable
-from gateway.config_budgets import LimitConfig, StoreConfig
+from gateway.config.alerts import AlertsConfig
+from gateway.config.base import NonNegativeInt, PositiveInt, Section, Variable
+from gateway.config.budgets import LimitConfig, StoreConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]

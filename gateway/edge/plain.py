@@ -19,7 +19,7 @@ from gateway.errors import UpstreamError
 
 if TYPE_CHECKING:
     from gateway.backends.reader import MarkerIds
-    from gateway.extension import Report, UsageReport
+    from gateway.edge.extension import Report, UsageReport
     from gateway.tally import Tally
 
 HIDDEN = ("prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from gateway.complaint import invalid_field
+from gateway.ask.complaint import invalid_field
 from gateway.errors import InvalidRequest
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config_base import PositiveInt, Section, Variable
+from gateway.config.base import PositiveInt, Section, Variable
 
 
 class AlertsConfig(Section):

@@ -15,13 +15,13 @@ from budget.ledgers.memory import MemoryLedger
 from budget.ledgers.sqlite import SqliteStore
 from budget.records.memory import MemoryRecords
 from budget.records.sqlite import SqliteRecords
-from gateway.config_load import ConfigError
+from gateway.config.load import ConfigError
 
 if TYPE_CHECKING:
     from budget.ledger import Ledger, Limit
     from budget.ledgers.store import Store
     from budget.records.port import Records
-    from gateway.config_budgets import StoreConfig
+    from gateway.config.budgets import StoreConfig
 
 NO_REDIS = "store.kind: redis needs more packages: install thinkgate with the extra `redis`"
 # Fixed, and raised without its cause: a parser's complaint quotes the URL, and that may be part of its password.

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, TextIO
 from pydantic import ValidationError
 
 from budget.errors import RecordsUnreachable
-from gateway.admin_tokens import SHELL_ID
-from gateway.admins import Actor
+from gateway.admin.admins import Actor
+from gateway.admin.keys import GRACE_S, KeyEntry, Keys
+from gateway.admin.store import open_records
+from gateway.admin.stored import Stored
+from gateway.admin.tokens import SHELL_ID
 from gateway.api.admin_bodies import KeyCreate, Rotation
-from gateway.complaint import invalid_model
-from gateway.config_load import ConfigError, key_hash_secret, load_config
+from gateway.ask.complaint import invalid_model
+from gateway.config.load import ConfigError, key_hash_secret, load_config
 from gateway.errors import GatewayError
-from gateway.keys import GRACE_S, KeyEntry, Keys
-from gateway.store import open_records
-from gateway.stored import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.config import Config
+    from gateway.config.schema import Config
 
 SHELL = Actor(SHELL_ID, "admin")
 MOST_LISTED = 1_000_000

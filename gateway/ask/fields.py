@@ -19,8 +19,8 @@ from gateway.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from gateway.config import ThinkingConfig
-    from gateway.request import MediaUrl, Message, RawFields
+    from gateway.ask.request import MediaUrl, Message, RawFields
+    from gateway.config.schema import ThinkingConfig
 
 CONSUMED = frozenset(
     (

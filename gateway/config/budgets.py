@@ -1,7 +1,7 @@
 """The sections on money: what a scope may spend, and the store that keeps count.
 
 Owns: `limits` and `store` of the file, their defaults and what a wrong value should have been. Does not own: whether
-they fit the rest of the file (config.py), nor opening the store (store.py).
+they fit the rest of the file (schema.py), nor opening the store (admin/store.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gateway.config_base import Section
+from gateway.config.base import Section
 
 SMALLEST_USD = 1e-9
 MOST = 2**53  # of a limit, in tokens or nano-USD: up to there every store counts exactly
