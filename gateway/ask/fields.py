@@ -161,7 +161,8 @@ def check_continued(messages: Raw | None, thinking: ThinkingConfig) -> None:
     Raises: InvalidRequest naming the message.
     """
     told = [] if messages is None else msgspec.json.decode(messages)
-    content = told[-1].get("content") if told else None
+    last = told[-1] if told else {}
+    content = last.get("content") if last.get("role") == "assistant" else None  # a user may well speak of markers
     parts = content if isinstance(content, list) else [{"text": content}]
     text = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
     if text.rfind(thinking.start) > text.rfind(thinking.end):

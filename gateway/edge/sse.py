@@ -129,7 +129,7 @@ class ChunkEncoder:
                 self._wire_seen = True
                 identity = _identity_decoder.decode(wire)
                 self._id, self._created = identity.id or self._id, identity.created or self._created
-            if delta.kind is Kind.THINKING and delta.text and (self._exclude or self._both):
+            if delta.kind is Kind.THINKING and (self._exclude or (self._both and delta.text)):
                 return self._build(delta)
             return wire.replace(self._old_name, self._new_name, 1) if self._old_name else wire
         is_empty = not (delta.text or delta.finish_reason or delta.tool_calls is not None or delta.logprobs is not None)

@@ -70,6 +70,12 @@ LIMITED: list[tuple[str, Model, Say, Callable[[Capabilities], bool]]] = [
         Say(thinking=tokens("a b"), answer=tokens("c")),
         lambda c: c.thinking_field == "inline_opened",
     ),
+    (
+        "no parser, opened by the template, takes no ids",
+        Model(field="inline", takes_ids=False),
+        LONG,
+        lambda c: (c.thinking_field, c.forcing) == ("inline_opened", None),
+    ),
 ]
 
 
