@@ -373,7 +373,7 @@ async def test_keeping_up_follows_purges_and_survives(
         await until(lambda: True in there.told)
         await here.records.put("claim", b"", ttl_s=1)
         here.clock.now += 2
-        await until(lambda: "claim" not in here.records._records)
+        await until(lambda: "claim" not in here.records._ending)
         revision, there.stored._revision = there.stored._revision, None  # type: ignore[assignment]  # a bug
         await until(lambda: "following the store failed" in caplog.messages)
         there.stored._revision = revision
