@@ -155,7 +155,7 @@ class Keys:
         return self._shown(kept), secret
 
     async def change(self, actor: Actor, id: str, changes: Mapping[str, Any]) -> KeyEntry:
-        """Set traits or `expires_at` of a key; null sets the default.
+        """Set traits or `expires_at` of a key; None unsets what may be unset.
 
         Raises: InvalidRequest, PermissionDenied, EntryNotFound, ConflictingChange, RecordsUnreachable.
         """

@@ -60,6 +60,7 @@ FLAWED: list[tuple[str, str, Json | bytes, str | None, str]] = [
     ("PUT", "/limits", {**LIMIT, "amount": "5"}, "amount", "invalid_type"),
     ("PUT", "/limits", {**LIMIT, "amount": 1.5}, "amount", "invalid_value"),
     ("PUT", "/limits", {**LIMIT, "window": None}, "window", "invalid_value"),
+    ("PUT", "/limits", {**LIMIT, "soft": "0.5"}, "soft", "invalid_type"),
     ("PUT", "/limits", {**LIMIT, "window": "minute", "soft": 0.5}, "soft", "invalid_value"),
     ("PUT", "/limits", {**LIMIT, "amount": 2**53 + 1}, "amount", "invalid_value"),
     ("PUT", "/limits", b'{"scope": "team:ml", "amount": 5, "unit": "tokens", "amount": 9}', "amount", "invalid_json"),
