@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,8 +111,7 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Raises: InvalidRequest for a field that stands twice, of which the last would win."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        twice = twice[:MAX_ECHO_CHARACTERS]
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:MAX_ECHO_CHARACTERS]
         raise InvalidRequest(f"`{twice}` stands twice.", param=twice, code="invalid_json")
     return fields
 
