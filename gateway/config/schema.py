@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from gateway.config.alerts import AlertsConfig
-from gateway.config.base import NonNegativeInt, PositiveInt, Section, Variable
+from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
@@ -189,14 +189,14 @@ class ModelConfig(Section):
 class KeyTraits(Section):
     """Whose a key is and what it may ask for, wherever it is kept."""
 
-    user: str | None = None
-    team: str | None = None
-    org: str | None = None
+    user: Owner | None = None
+    team: Owner | None = None
+    org: Owner | None = None
     models: tuple[str, ...] | None = None
     modes: tuple[Mode, ...] | None = None
     max_thinking_tokens: NonNegativeInt | None = None
     degrade: tuple[Literal["cap", "effort", "instant", "model"], ...] = ()
-    tags: tuple[str, ...] = ()
+    tags: tuple[Owner, ...] = ()
     reasoning_field: Literal["upstream", "both"] = "upstream"
 
 

@@ -327,6 +327,25 @@ class TestHashSecret:
         assert entry.status == "active"
         assert new.identify(rotated).id == "ada"
 
+    async def test_change_is_noted_where_secrets_are_made(self) -> None:
+        """Once a gateway with another hash secret has made one, a shell needs that; what the store made is kept."""
+        old = replica()
+        secret = await old.make("ada")
+        new = Replica(old.records, old.clock, old.config, hash_secret="another secret")
+        await new.stored.refresh()
+        await new.make("eve")
+        for given, is_right in ((None, False), ("a third secret", False), ("another secret", True)):
+            shell = Stored(old.records, clock=old.clock, hash_secret=given, must_match=True)
+            await shell.refresh()
+            if is_right:
+                await shell.new_secret("tg-")
+                continue
+            with pytest.raises(ConflictingChange, match="key_hash_env"):
+                await shell.new_secret("tg-")
+        await old.stored.refresh()
+        assert is_known(old, secret)
+        assert is_known(old, await old.make("bob"))
+
 
 async def test_keeping_up_follows_purges_and_survives(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -354,7 +373,7 @@ async def test_keeping_up_follows_purges_and_survives(
         await until(lambda: True in there.told)
         await here.records.put("claim", b"", ttl_s=1)
         here.clock.now += 2
-        await until(lambda: "claim" not in here.records._records)
+        await until(lambda: "claim" not in here.records._ending)
         revision, there.stored._revision = there.stored._revision, None  # type: ignore[assignment]  # a bug
         await until(lambda: "following the store failed" in caplog.messages)
         there.stored._revision = revision
