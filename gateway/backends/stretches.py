@@ -79,7 +79,7 @@ def with_texts(found: list[Stretch], pieces: Sequence[Piece], *, calls: bool) ->
     if [is_thought for is_thought, _ in runs] == [one.is_thought for one in found]:
         for one, (_, text) in zip(found, runs, strict=True):
             one.text = text
-        return found
+        return found if not calls or any(not one.is_thought for one in found) else [*found, Stretch(is_thought=False)]
     thought, said = ("".join(text for is_thought, text in runs if is_thought is wanted) for wanted in (True, False))
     if thought and not any(one.is_thought for one in found):
         found.insert(0, Stretch(is_thought=True))
