@@ -182,9 +182,7 @@ class StreamReader:
         if len(found) > 1:
             self._cut(chunk, delta, found, body.role, out)
             return
-        said = [piece for piece in pieces if piece[0] is not Kind.INJECTED]
-        delta.kind = said[0][0] if said else Kind.INJECTED if pieces else Kind.ANSWER
-        delta.text = "".join(text for _, text in said)
+        _say(delta, pieces, is_open=is_inline and state.splitter is not None and state.splitter.is_open)
         self._show(chunk, delta, body.role)
         if not is_inline:
             self._settle_kind(chunk, delta, split, was_open=was_open, role=body.role)
@@ -273,8 +271,7 @@ class StreamReader:
             count = len(choice.token_ids)
             thought = part_of(count, thinking_text, answer_text)
             return Split(thinking=thought, answer=count - thought)
-        is_bare = choice.token_ids is not None or not (thinking_text or answer_text)
-        if is_bare and self._expects_ids and self._prompt_tokens:
+        if not (thinking_text or answer_text) and self._expects_ids and self._prompt_tokens:
             return Split()
         has_answer = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
         if state.splitter is not None:  # it may hold some of the text back: one event, until it is sorted
@@ -320,6 +317,17 @@ def _by_ids(meter: ThinkingMeter, ids: list[int], *, is_thought: bool) -> Split:
     if is_thought and not meter.is_open and not meter.has_closed:
         meter.believe(split)
     return split
+
+
+def _say(delta: Delta, pieces: list[Piece], *, is_open: bool) -> None:
+    """Kind and text of a delta of one kind; half a character has no text, and is to be hidden like all thoughts."""
+    said = [piece for piece in pieces if piece[0] is not Kind.INJECTED]
+    if said:
+        delta.kind, delta.text = said[0][0], "".join(text for _, text in said)
+    elif delta.thinking or (is_open and not pieces and delta.tool_calls is None):
+        delta.kind = Kind.THINKING
+    elif pieces:
+        delta.kind = Kind.INJECTED
 
 
 def _fields(role: str | None, field: str, text: str) -> dict[str, Any]:

@@ -139,8 +139,10 @@ class ChunkEncoder:
 
     def _build(self, delta: Delta) -> bytes:
         is_thinking, text = delta.kind is Kind.THINKING, delta.text
+        # Where the backend gives the role itself, it may come with a thought.
+        has_role = delta.index not in self._seen and (not self._wire_seen or b'"role":' in delta.wire)
         if is_thinking and self._exclude:
-            if delta.finish_reason is None:
+            if delta.finish_reason is None and not (has_role and delta.wire):
                 return b""
             # With the text go its ids and logprobs, which spell it.
             text = ""
@@ -148,7 +150,7 @@ class ChunkEncoder:
         if self._surface == "completions":
             return self._build_completion(delta, text)
         fields: dict[str, Any] = {}
-        if delta.index not in self._seen and not self._wire_seen:
+        if has_role:
             self._seen.add(delta.index)
             fields["role"] = "assistant"
         if text:
