@@ -199,6 +199,17 @@ async def test_entry_that_is_not_understood_is_not_used(caplog: pytest.LogCaptur
     assert there.identify(ada).id == "ada"
 
 
+async def test_limit_of_a_newer_version_is_held_as_far_as_it_is_understood() -> None:
+    """What is added to a limit may only narrow it, so a replica that does not know it holds everybody to the rest."""
+    here, there = replicas(2)
+    await here.limits.put(ROOT, LimitConfig(scope="team:ml", unit="tokens", amount=5, window="day"))
+    ((name, record),) = await here.records.scan(LIMITS)
+    await here.records.put(name, record.value.replace(b'"limit":{', b'"limit":{"moon":1,'))
+    await there.stored.refresh()
+    assert [limit.amount for limit in there.limits.in_force(there.config)] == [5]
+    assert [entry.amount for entry in there.limits.entries(ROOT)] == [5]
+
+
 async def test_many_entries_leave_room_for_others() -> None:
     """Reading thousands of keys lets other tasks run in between."""
     one = replica()
