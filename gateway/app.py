@@ -77,7 +77,7 @@ class Gateway(FastAPI):
     Args:
         config: a validated configuration.
         log_stream: where the request lines go.
-        patience_s: how long the start may wait for backends before anybody can connect.
+        patience_s: how long the start may wait for store and backends before anybody can connect.
 
     Raises: ConfigError when a secret or credential is missing, or the store cannot be used.
     """
@@ -247,15 +247,16 @@ class Gateway(FastAPI):
                     task.cancel()
                 await self._close()
 
-    def has_backends(self) -> bool:
-        """Whether every model has a backend that is up."""
-        return all(any(slot.is_up for slot in model.slots) for model in self.serving.models.values())
+    def is_ready(self) -> bool:
+        """Whether the store was read and every model has a backend that is up."""
+        models = self.serving.models.values()
+        return self.stored.is_loaded and all(any(slot.is_up for slot in model.slots) for model in models)
 
     async def _meet_backends(self) -> None:
         """Before anybody connects, if whoever starts this wants so; some may be down for long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._patience_s):
-                while not self.has_backends():  # noqa: ASYNC110  # over all models: no single event says it
+                while not self.is_ready():  # noqa: ASYNC110  # over all models: no single event says it
                     await asyncio.sleep(MEET_S)
 
     async def _close(self) -> None:

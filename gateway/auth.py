@@ -96,8 +96,10 @@ class Keyring:
     def identify(self, authorization: bytes | None) -> Key:
         """The key of an `Authorization` header.
 
-        Raises: Unauthenticated; StoreUnavailable where the store, which may know the key, was never read yet.
+        Raises: Unauthenticated; StoreUnavailable where the store was never read yet: it may know the key, or limit it.
         """
+        if self._stored is not None and not self._stored.is_loaded:
+            raise StoreUnavailable("The store of keys and limits cannot be read yet: try again in a moment.")
         if self._may_be_open and self.is_open:
             return ANYONE
         if authorization is None:
@@ -114,8 +116,6 @@ class Keyring:
         found = self._by_digest.get(digest)
         if found is not None and hmac.compare_digest(found[0], digest):
             return found[1]
-        if self._stored is not None and not self._stored.is_loaded:
-            raise StoreUnavailable("The store, where this key may be, cannot be read yet: try again in a moment.")
         raise Unauthenticated("The API key is not known, was revoked, or has expired.")
 
 

@@ -17,12 +17,12 @@ from budget.records.port import Note
 from gateway.admin.admins import Actor
 from gateway.admin.audit import audited
 from gateway.admin.kept import LIMITS, KeptLimit, moment
+from gateway.admin.stored import Stored, StoredLimit
 from gateway.config.budgets import LimitConfig
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest
 
 if TYPE_CHECKING:
     from gateway.admin.keys import Keys
-    from gateway.admin.stored import Stored
     from gateway.config.schema import Config
 
 Identity = tuple[str, str, str | None]
@@ -115,7 +115,7 @@ class Limits:
         ]
         keys = self._keys.ids()
         entries += [
-            self._shown(known.kept, keys, is_counted=id not in file or known.limit.amount < file[id].amount)
+            self._shown(known, keys, is_counted=id not in file or known.limit.amount < file[id].amount)
             for id, known in stored.items()
             if is_shown(id)
         ]
@@ -133,7 +133,7 @@ class Limits:
         said = limit.model_dump(mode="json", include=set(LimitConfig.model_fields))
         kept = KeptLimit(limit=said, changed_at_s=self._stored.clock(), changed_by=actor.id)
         await self._write(actor, "limit.put", identity(limit), kept)
-        return self._shown(kept, self._keys.ids(), is_counted=True)
+        return self._shown(StoredLimit(kept, limit), self._keys.ids(), is_counted=True)
 
     async def remove(self, actor: Actor, id: Identity) -> None:
         """Remove the store's limit, also one that stands beside the file's.
@@ -176,8 +176,8 @@ class Limits:
             return [("scope", f"there is no key {name!r}")]
         return [(field.lstrip(".") or "unit", text) for field, text in self._config().problems_of(limit, keys)]
 
-    def _shown(self, kept: KeptLimit, keys: Collection[str], *, is_counted: bool) -> LimitEntry:
-        limit = LimitConfig.model_validate(kept.limit)
+    def _shown(self, stored: StoredLimit, keys: Collection[str], *, is_counted: bool) -> LimitEntry:
+        kept, limit = stored
         return LimitEntry(
             **limit.model_dump(),
             source="store",

@@ -294,7 +294,9 @@ class Stored:
         elif name.startswith(LIMITS):
             limit = decode(value, KeptLimit)
             if not limit.is_removed:
-                self.limits[name] = StoredLimit(limit, LimitConfig.model_validate(limit.limit))
+                # What a newer version says besides may only have narrowed it: without that it is too strict, not gone.
+                known = {field: said for field, said in limit.limit.items() if field in LimitConfig.model_fields}
+                self.limits[name] = StoredLimit(limit, LimitConfig.model_validate(known))
         elif name.startswith(TOKENS):
             self._know_token(decode(value, KeptToken))
         elif name == HASHER:
