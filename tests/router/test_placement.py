@@ -57,14 +57,14 @@ def test_the_only_usable_backend_is_taken_however_busy() -> None:
 def test_the_least_loaded_backend_is_taken() -> None:
     """Fewest calls in flight wins, whatever is down and idle."""
     placement = place(backends(3, None, 1, 2), first)
-    assert placement == Placement(2, "least calls in flight by weight")
+    assert placement == Placement(2, "shortest expected wait")
 
 
 def test_weight_is_capacity() -> None:
     """A backend of twice the weight takes twice the calls before the other is preferred."""
     assert [place(backends(a, b, weights=[1, 2]), first) for a, b in ((0, 0), (0, 2))] == [
-        Placement(1, "least calls in flight by weight"),
-        Placement(0, "least calls in flight by weight"),
+        Placement(1, "shortest expected wait"),
+        Placement(0, "shortest expected wait"),
     ]
 
 
@@ -76,7 +76,7 @@ def test_ties_are_broken_by_chance_over_all_of_them() -> None:
         offered.append(positions)
         return positions[-1]
 
-    assert place(backends(2, 1, 1, None, 1), choose) == Placement(4, "least calls in flight by weight")
+    assert place(backends(2, 1, 1, None, 1), choose) == Placement(4, "shortest expected wait")
     assert offered == [[1, 2, 4]]
 
 
