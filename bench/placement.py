@@ -4,8 +4,8 @@
 
 `results` has one object per policy, fleet and load: `hit_rate` of prompt blocks, `p50_ttft_ms` and `p99_ttft_ms` from
 arrival to first token, `max_over_mean` of calls at a replica; each is the mean over the seeds. A load is the calls that
-arrive per second and replica; about 5 of them fill a replica that finds nine tenths of its prompts cached. In the middle of
-every run one replica dies for 15 s and comes back cold; `slow` runs have one of half the speed, which nobody is told.
+arrive per second and replica; about 5 of them fill a replica that finds nine tenths of its prompts cached. In the
+middle of every run one replica dies for 15 s and comes back cold; `slow` runs have one of half the speed, which nobody is told.
 `beaten` lists the loads at which some policy is better than ours on both the hit rate and the 99th percentile.
 """
 
@@ -66,13 +66,12 @@ def beaten(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> int:
     """Run every policy over every fleet and load."""
     flags = result.parser(__doc__ or "").parse_args()
-    fleets, seeds, seconds = ((2, 8), range(1, 3), 60) if flags.quick else (FLEETS, range(1, 6), SECONDS)
+    fleets, seeds, seconds = ((2, 8), range(1, 9), 60) if flags.quick else (FLEETS, range(1, 17), SECONDS)
     results: list[dict[str, Any]] = []
     for replicas in fleets:
         for slow, per_s in [*((False, load) for load in LOADS), (True, 3.0)]:
-            few = range(1, 3) if replicas > 8 else seeds
-            for policy in POLICIES:
-                results.append(measure(policy, replicas, per_s, few, slow=slow, seconds=seconds))
+            few = seeds if replicas == 2 else seeds[: 2 if flags.quick or replicas > 8 else 4]
+            results += [measure(name, replicas, per_s, few, slow=slow, seconds=seconds) for name in POLICIES]
             print(f"{replicas} replicas, {per_s} calls/s each{', one slow' if slow else ''}", file=sys.stderr)
     lost = beaten(results)
     if not flags.json:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-NEAR = 0.02
+NEAR = 0.005
 NEAR_TOKENS = 8.0
 
 
@@ -191,7 +191,7 @@ class Affinity:
     Worth less than a single cached block, it decides where nothing is known.
     """
 
-    away_tokens: float = 48.0
+    away_tokens: float = 160.0
 
     def cost(self, candidate: Candidate, prompt_tokens: int) -> float:  # noqa: ARG002  # the same for any prompt
         """See the protocol."""
