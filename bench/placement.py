@@ -5,8 +5,9 @@
 `results` has one object per policy, fleet and load: `hit_rate` of prompt blocks, `p50_ttft_ms` and `p99_ttft_ms` from
 arrival to first token, `max_over_mean` of calls at a replica; each is the mean over the seeds. A load is the calls that
 arrive per second and replica; about 5 of them fill a replica that finds nine tenths of its prompts cached. In the
-middle of every run one replica dies for 15 s and comes back cold; `slow` runs have one of half the speed, which nobody is told.
-`beaten` lists the loads at which some policy is better than ours on both the hit rate and the 99th percentile.
+middle of every run one replica dies for 15 s and comes back cold; `slow` runs have one of half the speed,
+which nobody is told. `beaten` lists the loads at which some policy is better than ours on both the hit rate and the
+99th percentile.
 """
 
 from __future__ import annotations

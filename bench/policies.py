@@ -97,8 +97,8 @@ class CacheAwareTree(Counted):
     """SGLang's approximate tree as published, with its defaults.
 
     Out of balance (most - least > 32 calls and most > 1.1 x least): fewest calls. Else, where more than half of the
-    prompt was sent before, the replica it went to; else the replica with the smallest tree, or, with `mends`, the fewest
-    calls (later versions). The tree sees no eviction but its own, at the size of the real cache.
+    prompt was sent before, the replica it went to; else the replica with the smallest tree, or, with `mends`,
+    the fewest calls (later versions). The tree sees no eviction but its own, at the size of the real cache.
 
     Args:
         mends: take the least loaded replica on a miss.
