@@ -136,7 +136,13 @@ def decide(
         surface=surface,
         request_id=request_id,
         model=model.upstream,
-        fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode),
+        fields=upstream_fields(
+            raw,
+            model.switches,
+            kind=model.kind,
+            mode=decision.mode,
+            salt=key.salt if config.routing.placement.isolate else None,
+        ),
         thinking=Thinking(
             enabled=is_thinking,
             cap=report.tokens,

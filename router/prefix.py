@@ -178,3 +178,26 @@ class Exact:
             if block not in have:
                 return hit
         return len(chain)
+
+
+class Agreement:
+    """Whether a prediction is trusted: by how far the hits predicted of late were from those that were.
+
+    Trust is lost when, over at least `enough` calls, more than `most` of the prompt tokens were predicted
+    wrongly, and comes back below half of that: the prediction goes on being compared.
+    """
+
+    def __init__(self, *, enough: int = 20, most: float = 0.3, memory: float = 0.95) -> None:
+        self._enough, self._most, self._memory = enough, most, memory
+        self._calls = 0
+        self._wrong = self._all = 0.0
+        self.is_trusted = True
+
+    def add(self, predicted: int, actual: int, prompt_tokens: int) -> None:
+        """A call ended."""
+        self._calls += 1
+        self._wrong = self._wrong * self._memory + abs(predicted - actual)
+        self._all = self._all * self._memory + prompt_tokens
+        if self._calls >= self._enough and self._all:
+            share = self._wrong / self._all
+            self.is_trusted = share <= (self._most if self.is_trusted else self._most / 2)
