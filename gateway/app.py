@@ -291,12 +291,13 @@ class Gateway(FastAPI):
 
 
 async def _keep(slot: Slot, model: Model) -> None:
-    """Keep a slot up and, where there is a choice between several, hear what it says of its load."""
+    """Keep a slot up, and hear what it says of its load."""
     placing = model.placing
     async with asyncio.TaskGroup() as both:
         both.create_task(slot.keep_up())
-        if len(model.slots) > 1 and model.kind == "vllm":
-            both.create_task(slot.follow_load(placing.config.poll_s, lambda: placing.bytes_per_token))
+        if model.kind == "vllm":
+            most_waiting = model.admission.config.backend_waiting
+            both.create_task(slot.follow_load(placing.config.poll_s, most_waiting, lambda: placing.bytes_per_token))
 
 
 async def _close_when_idle(slot: Slot) -> None:

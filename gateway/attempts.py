@@ -27,13 +27,27 @@ class Attempts:
         call: what runs; None where placement knows nothing of its prompt.
     """
 
-    __slots__ = ("_has_begun", "_model", "_prompt", "_tried")
+    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_prompt", "_tenant", "_tried")
 
     def __init__(self, model: Model, call: Call | None) -> None:
         self._model = model
         self._prompt: Prompt | None = model.prompt(call)
         self._tried: list[Slot] = []
         self._has_begun = False
+        self._call = call
+        self._charged: int | None = None
+        self._tenant = ""
+
+    async def admit(self, tenant: str, deadline_s: float | None) -> None:
+        """Wait for a turn, where all backends are full. Raises: Overloaded, DeadlinePassed."""
+        if self._model.admission.is_open():
+            return
+        call = self._call
+        prompt_bytes = 0 if call is None else sum(len(bytes(value)) for value in call.fields.values())
+        tokens = prompt_bytes // 4 + (0 if call is None else call.max_tokens * call.n)
+        priority = 0 if call is None else call.priority
+        await self._model.admission.enter(tenant, priority=priority, tokens=tokens, deadline_s=deadline_s)
+        self._tenant, self._charged = tenant, tokens
 
     def next(self) -> Slot:
         """The slot to try; it is counted by entering it. Raises: Overloaded when none is left."""
@@ -50,8 +64,11 @@ class Attempts:
         self._prompt.began(now_s)
         slot.breaker.succeeded(now_s)
 
-    def ended(self, usage: Usage | None) -> None:
+    def ended(self, usage: Usage | None, output_tokens: int = 0) -> None:
         """The answer is complete, and the backend counted it."""
+        if self._charged is not None:
+            used = output_tokens + (0 if usage is None else usage.prompt_tokens)
+            self._model.admission.charge(self._tenant, used - self._charged)
         if self._prompt is not None and usage is not None:
             self._prompt.ended(usage.prompt_tokens, usage.cached_tokens)
 

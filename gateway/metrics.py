@@ -247,9 +247,15 @@ class Metrics(Collector):
         prefix = CounterMetricFamily(
             "thinkgate_prefix_tokens", "Prompt tokens, predicted and cached.", labels=("model", "backend", "what")
         )
+        waits = GaugeMetricFamily("thinkgate_queue_calls", "Calls that wait for a backend.", labels=("model",))
+        waited = CounterMetricFamily("thinkgate_queue_seconds", "Time calls waited for a backend.", labels=("model",))
+        shed = CounterMetricFamily("thinkgate_queue_shed", "Calls refused: too many waited.", labels=("model",))
         retried = CounterMetricFamily("thinkgate_retries", "Calls tried again elsewhere.", labels=("model",))
         for model in self._models().values():
             retried.add_metric((model.name,), model.retried)
+            waits.add_metric((model.name,), len(model.admission))
+            waited.add_metric((model.name,), model.admission.waited_s)
+            shed.add_metric((model.name,), model.admission.shed)
             for slot in model.slots:
                 labels = (model.name, slot.config.id)
                 breaker.add_metric(labels, float(slot.breaker.state(slot.clock()) == "open"))
@@ -260,4 +266,4 @@ class Metrics(Collector):
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
                 binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)
                 holds.add_metric((model.name, slot.config.id), float(binds))
-        yield from (up, calls, holds, breaker, trusted, prefix, retried)
+        yield from (up, calls, holds, breaker, trusted, prefix, retried, waits, waited, shed)

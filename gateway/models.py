@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from budget.cap import Bounds
 from budget.price import PriceTable
+from gateway.admission import Admission
 from gateway.ask.fields import Switches
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Backend
@@ -41,6 +42,7 @@ class Model:
         switches: its template's switches for each mode.
         prices: what its tokens cost.
         retries: how many calls may be tried again on another backend.
+        admission: where calls wait while all backends are full.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Model:
         slots: list[Slot],
         routing: Routing,
         *,
+        admission: Admission | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.name = name
@@ -66,6 +69,8 @@ class Model:
             self.thinking = config.thinking.model_copy(update={"off": {}})
         self.scope = f"model:{name}"
         self.placing = Placing(self.upstream, routing.placement)
+        self.admission = admission or Admission(name, slots, routing.queue, clock)
+        self.admission.use(slots, routing.queue)
         self.switches = Switches(self.thinking)
         price = config.price_usd_per_mtok
         self.prices = (
@@ -154,7 +159,7 @@ def build_models(config: Config, known: dict[str, Model] | None = None) -> dict[
                     _trust(slots[-1], old, entry)
             else:
                 slots.append(kept)
-        models[name] = Model(name, entry, slots, config.routing)
+        models[name] = Model(name, entry, slots, config.routing, admission=None if old is None else old.admission)
     return models
 
 

@@ -43,6 +43,7 @@ class Standing:
         pending_tokens: of prompts that were placed there and not begun, without what is cached.
         waiting: calls in its own queue, as it said last.
         kv_use: part of its KV memory in use, 0 to 1, as it said last.
+        limit: most calls of ours in flight, while it says that calls wait there; None: it has room.
         told: prompt tokens of calls that ended, those predicted to be cached and those that were.
     """
 
@@ -54,18 +55,29 @@ class Standing:
         self.pending_tokens = 0
         self.waiting = 0
         self.kv_use = 0.0
+        self.limit: int | None = None
         self.told = [0, 0, 0]
 
-    def hear(self, load: Load, bytes_per_token: float) -> None:
-        """What it said of itself."""
+    def hear(self, load: Load, bytes_per_token: float, in_flight: int = 0, most_waiting: int = 4) -> None:
+        """What it said of itself, and how many calls of ours were in flight there.
+
+        Of calls that wait there, all but `most_waiting` should have waited here, where order and fairness are; so
+        as many fewer may be in flight. Once fewer wait there it may have more, step by step, up to as many as come.
+        """
         self.waiting, self.kv_use = load.waiting, load.kv_use
+        if load.waiting > most_waiting:
+            self.limit = max(1, in_flight - (load.waiting - most_waiting))
+        elif self.limit is not None:
+            self.limit += max(1, self.limit // 8)
+            if in_flight * 2 < self.limit:
+                self.limit = None
         if load.cache_tokens:
             self.cache.resize(int(load.cache_tokens * bytes_per_token) // BLOCK_BYTES)
 
     def forget(self) -> None:
         """It was lost: its cache is gone, and what it said of itself."""
         self.cache.clear()
-        self.waiting, self.kv_use = 0, 0.0
+        self.waiting, self.kv_use, self.limit = 0, 0.0, None
 
 
 class Prompt:

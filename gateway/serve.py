@@ -138,6 +138,7 @@ class Answer:
             choices=prepared.choices,
             enforcer=prepared.enforcer,
             slack=prepared.slack,
+            tenant=key.salt or key.id,
         )
         self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
         if self._run.envelope.deadline_s is not None:
@@ -168,7 +169,7 @@ class Answer:
         body, attempts = await self._complete()
         answer = PlainAnswer(body, run.slot.backend.markers)  # type: ignore[union-attr]  # _complete placed it
         answer.count(run.tally)
-        attempts.ended(run.tally.usage)
+        attempts.ended(run.tally.usage, run.tally.output())
         answer.require(prepared.choices)
         usage, extension = self._closing()
         if run.counts is not None and run.slot is not None and run.counts.output() > run.most_output:
@@ -184,6 +185,7 @@ class Answer:
 
     async def _complete(self) -> tuple[bytes, Attempts]:
         attempts = Attempts(self._prepared.model, self._prepared.call)
+        await attempts.admit(self._run.tenant, None)
         while True:
             slot = self._run.slot = attempts.next()
             with slot as backend:

@@ -63,6 +63,7 @@ class Slot:
         breaker: lets calls through, or not, by how the last ones ended.
         up_since_s: when it was found to be up, on the slot's clock.
         standing: what placement knows about it.
+        became_free: called when it may have room for one more.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Slot:
         self.clock = clock
         self.breaker = Breaker()
         self.up_since_s = clock()
+        self.became_free: Callable[[], None] = lambda: None
         self.standing = Standing(config.id, placement or PlacementConfig())
         self.capabilities: Capabilities | None = None
         self.in_flight = 0
@@ -139,6 +141,8 @@ class Slot:
     def __exit__(self, *_: object) -> None:
         """The call has ended."""
         self.in_flight -= 1
+        if self.standing.limit is not None:
+            self.became_free()
         if self._drained is not None and not self.in_flight:
             self._drained.set()
 
@@ -148,7 +152,7 @@ class Slot:
             self._drained = asyncio.Event()
             await self._drained.wait()
 
-    async def follow_load(self, poll_s: float, bytes_per_token: Callable[[], float]) -> None:
+    async def follow_load(self, poll_s: float, most_waiting: int, bytes_per_token: Callable[[], float]) -> None:
         """Ask what it says of its own load, every `poll_s`, while it is up; until it proves to say nothing."""
         while isinstance(self.backend, HttpBackend):
             await asyncio.sleep(poll_s)
@@ -158,10 +162,13 @@ class Slot:
                 load = await read_load(self.backend.pool)
             except GatewayError:
                 self.standing.waiting, self.standing.kv_use = 0, 0.0  # its calls will tell
+                self.standing.limit = None
+                self.became_free()
                 continue
             if load is None:
                 return
-            self.standing.hear(load, bytes_per_token())
+            self.standing.hear(load, bytes_per_token(), self.in_flight, most_waiting)
+            self.became_free()
 
     async def _wait_down(self, pause_s: float) -> None:
         """Wait before a backend that is not trusted is probed again, or until it is lost altogether."""

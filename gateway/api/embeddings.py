@@ -51,7 +51,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
     try:
         async with hold:
             record.is_offline = hold.is_offline
-            slot, answer = await _embed(model, raw, exchange)
+            slot, answer = await _embed(model, raw, exchange, key.salt or key.id)
             rendered = _account(answer, model, slot, hold, exchange, record)
             await exchange.respond(
                 200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered
@@ -60,9 +60,10 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 
-async def _embed(model: Model, raw: RawFields, exchange: Exchange) -> tuple[Slot, bytes]:
+async def _embed(model: Model, raw: RawFields, exchange: Exchange, tenant: str) -> tuple[Slot, bytes]:
     """The answer of the best backend that can be reached, and which it was."""
     attempts = Attempts(model, None)
+    await attempts.admit(tenant, None)
     while True:
         slot = attempts.next()
         with slot as backend:

@@ -23,6 +23,14 @@ class PlacementConfig(Section):
     slow_start_s: float = Field(10, ge=0)
 
 
+class QueueConfig(Section):
+    """Where calls wait while the backends are full."""
+
+    max_waiting: PositiveInt = 1000
+    max_wait_s: float = Field(60, gt=0)
+    backend_waiting: PositiveInt = 4
+
+
 class RetriesConfig(Section):
     """How many calls may be tried again on another backend, before their first byte."""
 

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from gateway.config.alerts import AlertsConfig
 from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
-from gateway.config.placing import PlacementConfig, RetriesConfig
+from gateway.config.placing import PlacementConfig, QueueConfig, RetriesConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -233,6 +233,7 @@ class Routing(Section):
     on_uncertain: Literal["instant", "reasoning"] = "reasoning"
     placement: PlacementConfig = PlacementConfig()
     retries: RetriesConfig = RetriesConfig()
+    queue: QueueConfig = QueueConfig()
 
 
 class SearchConfig(Section):

@@ -91,6 +91,7 @@ class Run:
         deliver: writes an event to the client at once, if it can; None where deltas are worked on first.
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
+        tenant: in whose turn it waits, where it has to.
     """
 
     model: Model
@@ -113,6 +114,7 @@ class Run:
     guard: Guard | None = None
     is_cut: bool = False
     deliver: Callable[[bytes], bool] | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
@@ -272,10 +274,11 @@ class Run:
 async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     """The call's deltas from the best backend, within every bound; another backend if one fails before.
 
-    Raises: Overloaded when none can be reached; DeadlinePassed; UpstreamError when the backend says that it is done and
-        a choice is not; whatever else the backend raises.
+    Raises: Overloaded when none can be reached, or too many calls wait; DeadlinePassed; UpstreamError when the backend
+        says that it is done and a choice is not; whatever else the backend raises.
     """
     attempts = Attempts(run.model, run.call)
+    await attempts.admit(run.tenant, run.envelope.deadline_s)
     is_done = has_begun = False
     while not is_done:
         slot = run.slot = attempts.next()
@@ -297,6 +300,6 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
                 attempts.failed(slot, exc, has_begun=has_begun or run.tally.output() > 0)
             finally:
                 attempts.leave()
-    attempts.ended(run.tally.usage)
+    attempts.ended(run.tally.usage, run.tally.output())
     if run.ended_by is None and len(run.finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")
