@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BENCHES = ("overhead", "soak", "ledger")
+BENCHES = ("overhead", "soak", "ledger", "placement")
 """What `make bench` runs; each is `python -m bench.NAME`."""
 
 
@@ -112,5 +112,9 @@ CLAIMS = (
     Claim(
         bench="ledger", key="growth_is_flat", at_least=True,
         text="hold and settle take as long with 100,000 keys as with 10",
+    ),
+    Claim(
+        bench="placement", key="unbeaten", at_least=True,
+        text="no other policy places better on both hits and p99, at any load simulated",
     ),
 )  # fmt: skip

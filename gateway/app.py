@@ -33,10 +33,11 @@ from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.idempotency import serve_once
 from gateway.log import LineWriter
 from gateway.metrics import Metrics
-from gateway.models import Model, Slot, build_models
+from gateway.models import Model, build_models
 from gateway.outcomes import Outcomes
 from gateway.record import Record
 from gateway.shapes import Decisions
+from gateway.slots import Slot
 from gateway.soft_limits import SoftLimits
 from gateway.webhook import Webhook
 
@@ -272,14 +273,14 @@ class Gateway(FastAPI):
     def _watch_slots(self) -> None:
         """Keep a probing task for every slot in use; close the backends of slots that are gone."""
         assert self._tasks is not None
-        wanted = {id(slot): slot for model in self.serving.models.values() for slot in model.slots}
+        wanted = {id(slot): (slot, model) for model in self.serving.models.values() for slot in model.slots}
         for key in [key for key in self._slots if key not in wanted]:
             slot, task = self._slots.pop(key)
             task.cancel()
             self._tasks.create_task(_close_when_idle(slot))
-        for key, slot in wanted.items():
+        for key, (slot, model) in wanted.items():
             if key not in self._slots:
-                self._slots[key] = (slot, self._tasks.create_task(slot.keep_up()))
+                self._slots[key] = (slot, self._tasks.create_task(_keep(slot, model)))
 
     async def _sweep(self) -> None:
         while True:
@@ -288,6 +289,16 @@ class Gateway(FastAPI):
             for slot, _ in list(self._slots.values()):
                 if isinstance(slot.backend, HttpBackend):
                     slot.backend.pool.sweep()
+
+
+async def _keep(slot: Slot, model: Model) -> None:
+    """Keep a slot up, and hear what it says of its load."""
+    placing = model.placing
+    async with asyncio.TaskGroup() as both:
+        both.create_task(slot.keep_up())
+        if model.kind == "vllm":
+            most_waiting = model.admission.config.backend_waiting
+            both.create_task(slot.follow_load(placing.config.poll_s, most_waiting, lambda: placing.bytes_per_token))
 
 
 async def _close_when_idle(slot: Slot) -> None:

@@ -36,6 +36,7 @@ class Key:
         max_thinking_tokens: its ceiling per choice; None for the model's.
         both_fields: thinking text goes out under both names.
         degrade: steps down the ladder that its requests may take, in order.
+        salt: keeps its tenant's prompts in backends' caches apart from others'; None: nobody is told from anybody.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Key:
     max_thinking_tokens: int | None = None
     both_fields: bool = False
     degrade: tuple[Step, ...] = ()
+    salt: str | None = None
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
@@ -64,6 +66,7 @@ class Key:
             max_thinking_tokens=traits.max_thinking_tokens,
             both_fields=traits.reasoning_field == "both",
             degrade=tuple(step for step in STEPS if step in traits.degrade),
+            salt=hashlib.blake2b(scopes[-1].encode(), digest_size=16).hexdigest(),  # of the widest owner
         )
 
 

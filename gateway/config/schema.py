@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from gateway.config.alerts import AlertsConfig
 from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
+from gateway.config.placing import PlacementConfig, QueueConfig, RetriesConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -66,6 +67,7 @@ class BackendConfig(Section):
     kind: Literal["vllm", "openai", "embedded"] = "vllm"
     api_key_env: Variable | None = None
     weight: float = Field(1, gt=0)
+    cost: float = Field(1, ge=0)
 
     @field_validator("url")
     @classmethod
@@ -225,10 +227,13 @@ class IdempotencyConfig(Section):
 
 
 class Routing(Section):
-    """Which mode a request gets that names none."""
+    """Which mode a request gets that names none, and which backend serves it."""
 
     default_mode: Literal["auto", "instant", "reasoning"] = "auto"
     on_uncertain: Literal["instant", "reasoning"] = "reasoning"
+    placement: PlacementConfig = PlacementConfig()
+    retries: RetriesConfig = RetriesConfig()
+    queue: QueueConfig = QueueConfig()
 
 
 class SearchConfig(Section):
@@ -330,7 +335,9 @@ class Config(Section):
         """Keys that validate but have no effect in this version; said at the start and by `check`."""
         inert = []
         for name, model in self.models.items():
-            inert += [f"models.{name}.{key}" for key in ("planner", "fallback", "architecture") if getattr(model, key)]
+            inert += [f"models.{name}.{key}" for key in ("planner", "architecture") if getattr(model, key)]
+            unknown = [other for other in model.fallback if other not in self.models]
+            inert += [f"models.{name}.fallback ({other} is not under models)" for other in unknown]
         inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}

@@ -18,8 +18,8 @@ from gateway.modes.soft import soft_answers, with_effort
 
 if TYPE_CHECKING:
     from gateway.backends.port import Call
-    from gateway.models import Slot
     from gateway.modes.flow import Batches, Run
+    from gateway.slots import Slot
 
 # Fields by which a client can make an honest backend think where it should not: what happens then proves nothing.
 TAMPERING = frozenset(

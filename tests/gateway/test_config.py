@@ -370,7 +370,7 @@ def test_what_has_no_effect_is_listed() -> None:
     """Keys that validate but do nothing yet, and limits on owners that no key has, are said at the start."""
     inert = config(
         ("models.qwen3.planner", "qwen3"),
-        ("models.qwen3.fallback", ["qwen3"]),
+        ("models.qwen3.fallback", ["qwen3", "qwen3-small"]),
         (
             "models.qwen3.architecture",
             {"parameters": 8e9, "layers": 36, "query_heads": 32, "kv_heads": 8, "head_dim": 128},
@@ -382,8 +382,8 @@ def test_what_has_no_effect_is_listed() -> None:
     ).not_built_yet()
     assert inert == [
         "models.qwen3.planner",
-        "models.qwen3.fallback",
         "models.qwen3.architecture",
+        "models.qwen3.fallback (qwen3-small is not under models)",
         "keys[0].degrade (model)",
         "limits[2].scope (team:mll has no key)",
         "limits[3].scope (org:acme has no key)",

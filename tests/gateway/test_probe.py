@@ -176,7 +176,7 @@ async def test_strange_answers_are_answers(scripted: ScriptedBackend, path: str,
 
 async def test_down_server_says_why_and_comes_up(scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is down for a reason says so in readiness, and is up without a restart once that is mended."""
-    monkeypatch.setattr("gateway.models.PROBE_AGAIN_S", 0.02)
+    monkeypatch.setattr("gateway.slots.PROBE_AGAIN_S", 0.02)
     models = scripted.routes["/v1/models"]
     scripted.routes["/v1/models"] = refusal(500, "still loading")
     async with live(tree_of(scripted), up=0) as gateway:
