@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BENCHES = ("overhead", "soak", "ledger")
+BENCHES = ("overhead", "soak", "ledger", "route")
 """What `make bench` runs; each is `python -m bench.NAME`."""
 
 
@@ -112,5 +112,17 @@ CLAIMS = (
     Claim(
         bench="ledger", key="growth_is_flat", at_least=True,
         text="hold and settle take as long with 100,000 keys as with 10",
+    ),
+    Claim(
+        bench="route", key="p50_us", at_most=300, unit="us",
+        text="time to decide a mode by the text, median",
+    ),
+    Claim(
+        bench="route", key="p99_us", at_most=3000, unit="us",
+        text="the same, slowest hundredth",
+    ),
+    Claim(
+        bench="route", key="structure_p50_us", at_most=20, unit="us", digits=1,
+        text="time to decide a mode by structure alone, median",
     ),
 )  # fmt: skip

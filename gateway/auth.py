@@ -36,6 +36,8 @@ class Key:
         max_thinking_tokens: its ceiling per choice; None for the model's.
         both_fields: thinking text goes out under both names.
         degrade: steps down the ladder that its requests may take, in order.
+        lambda_per_usd: quality that it gives up for one US dollar, where the text decides.
+        quality_floor: least expected quality of what it takes for that.
     """
 
     id: str
@@ -45,6 +47,8 @@ class Key:
     max_thinking_tokens: int | None = None
     both_fields: bool = False
     degrade: tuple[Step, ...] = ()
+    lambda_per_usd: float = 0.0
+    quality_floor: float = 0.0
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
@@ -64,6 +68,8 @@ class Key:
             max_thinking_tokens=traits.max_thinking_tokens,
             both_fields=traits.reasoning_field == "both",
             degrade=tuple(step for step in STEPS if step in traits.degrade),
+            lambda_per_usd=traits.lambda_per_usd,
+            quality_floor=traits.quality_floor,
         )
 
 
