@@ -32,7 +32,7 @@ INPUTS  := pyproject.toml constraints.txt
 comma := ,
 say = @printf '\033[1m== %s\033[0m\n' $(1)
 
-.PHONY: help serve test unit e2e check lint types imports docs bench fmt clean venv venv-vllm weights weights-instruct weights-thinking constraints
+.PHONY: help serve test unit e2e check lint types imports docs scorer bench fmt clean venv venv-vllm weights weights-instruct weights-thinking constraints
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ docs: $(VENV)/.dev ## build docs/ to docs/_build/html
 fmt: $(VENV)/.dev ## format and fix what can be fixed
 	$(VENV)/bin/ruff check --fix-only --quiet .
 	$(VENV)/bin/ruff format .
+
+scorer: $(VENV)/.dev ## rebuild the text scorer and its card from packages that ship data
+	$(PY) -m router.train
 
 bench: $(VENV)/.dev ## measure the claims of the README and write its table (needs a C compiler)
 	$(PY) -m bench.table

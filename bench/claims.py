@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BENCHES = ("overhead", "soak", "ledger", "placement")
+BENCHES = ("overhead", "soak", "ledger", "route", "placement")
 """What `make bench` runs; each is `python -m bench.NAME`."""
 
 
@@ -116,5 +116,17 @@ CLAIMS = (
     Claim(
         bench="placement", key="unbeaten", at_least=True,
         text="no other policy places better on both hits and p99, at any load simulated",
+    ),
+    Claim(
+        bench="route", key="p50_us", at_most=300, unit="us",
+        text="time to decide a mode by the text, median",
+    ),
+    Claim(
+        bench="route", key="p99_us", at_most=3000, unit="us",
+        text="the same, slowest hundredth",
+    ),
+    Claim(
+        bench="route", key="structure_p50_us", at_most=20, unit="us", digits=1,
+        text="time to decide a mode by structure alone, median",
     ),
 )  # fmt: skip

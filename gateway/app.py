@@ -31,6 +31,8 @@ from gateway.edge.exchange import ClientGone, Exchange, Message, Receive, Scope,
 from gateway.edge.watch import Watch
 from gateway.errors import GatewayError, Headers, MethodNotAllowed, Overloaded
 from gateway.idempotency import serve_once
+from gateway.judge import Judge, load_scorer, priors_of
+from gateway.learning import Learning
 from gateway.log import LineWriter
 from gateway.metrics import Metrics
 from gateway.models import Model, build_models
@@ -40,6 +42,7 @@ from gateway.shapes import Decisions
 from gateway.slots import Slot
 from gateway.soft_limits import SoftLimits
 from gateway.webhook import Webhook
+from router.utility import Statistics
 
 if TYPE_CHECKING:
     from budget.ledger import Hold, Ledger
@@ -60,16 +63,19 @@ class Serving:
     keyring: Keyring
     models: dict[str, Model]
     decisions: Decisions
+    judge: Judge
 
 
-def serving(config: Config, stored: Stored, known: dict[str, Model] | None = None) -> Serving:
+def serving(config: Config, stored: Stored, statistics: Statistics, known: dict[str, Model] | None = None) -> Serving:
     """What a configuration puts in force; backends that stay the same are taken over from `known`.
 
     Raises: ConfigError when a secret or credential is missing.
     """
     keyring = Keyring(config, secret_sha256s(config), stored)
     models = build_models(config, known)
-    return Serving(config, keyring, models, Decisions(config, models))
+    statistics.believe(priors_of(config.routing.priors))
+    judge = Judge(config.routing, statistics, load_scorer(config.routing.scorer))
+    return Serving(config, keyring, models, Decisions(config, models, judge), judge)
 
 
 class Gateway(FastAPI):
@@ -101,7 +107,9 @@ class Gateway(FastAPI):
             on_limits=self._join_limits,
             on_read=self._store_was_read,
         )
-        self.serving = serving(config, self.stored)
+        self.statistics = Statistics(priors_of(config.routing.priors))
+        self.learning = Learning(self.statistics)
+        self.serving = serving(config, self.stored, self.statistics)
         self.admin = Admin(self.stored, lambda: self.serving.config, lambda: self.ledger)
         self.ledger: Ledger = open_ledger(config.store, self.admin.limits.in_force(config), clock=clock)
         self.watch = Watch(config.server.timeouts)
@@ -207,7 +215,7 @@ class Gateway(FastAPI):
 
         Raises: ConfigError when a secret or credential is missing; then the old one stays in force.
         """
-        new, secret = serving(config, self.stored, self.serving.models), webhook_secret(config)
+        new, secret = serving(config, self.stored, self.statistics, self.serving.models), webhook_secret(config)
         self._put_limits(config)
         self._webhook.configure(config.alerts, secret)
         self.serving = new

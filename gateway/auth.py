@@ -37,6 +37,8 @@ class Key:
         both_fields: thinking text goes out under both names.
         degrade: steps down the ladder that its requests may take, in order.
         salt: keeps its tenant's prompts in backends' caches apart from others'; None: nobody is told from anybody.
+        lambda_per_usd: quality that it gives up for one US dollar, where the text decides.
+        quality_floor: least expected quality of what it takes for that.
     """
 
     id: str
@@ -47,6 +49,8 @@ class Key:
     both_fields: bool = False
     degrade: tuple[Step, ...] = ()
     salt: str | None = None
+    lambda_per_usd: float = 0.0
+    quality_floor: float = 0.0
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
@@ -67,6 +71,8 @@ class Key:
             both_fields=traits.reasoning_field == "both",
             degrade=tuple(step for step in STEPS if step in traits.degrade),
             salt=hashlib.blake2b(scopes[-1].encode(), digest_size=16).hexdigest(),  # of the widest owner
+            lambda_per_usd=traits.lambda_per_usd,
+            quality_floor=traits.quality_floor,
         )
 
 

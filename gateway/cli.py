@@ -16,6 +16,8 @@ from gateway.admin.cli import add_keys_parser, run_keys
 from gateway.app import Gateway, clock
 from gateway.check import check
 from gateway.config.load import ConfigError, load_config
+from gateway.eval_route import eval_route
+from gateway.judge import load_scorer
 from gateway.log import configure
 from gateway.metrics_files import registry_of
 from gateway.reload import Reloader
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from gateway.config.schema import Config
 
 log = logging.getLogger("thinkgate")
-NOT_BUILT = {
-    "eval": "the evaluation harness comes with plan-and-budget",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,9 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             return asyncio.run(check(load_config(options.file), sys.stdout))
         if options.command == "keys":
             return run_keys(options, clock, sys.stdout, sys.stderr)
-        if options.command in NOT_BUILT:
-            sys.stderr.write(f"thinkgate {options.command} is not built yet: {NOT_BUILT[options.command]}\n")
-            return 2
+        if options.command == "eval":
+            return _eval_route(options)
         return _serve(options)
     except ConfigError as exc:
         sys.stderr.write("thinkgate: the configuration cannot be used\n")
@@ -67,10 +65,23 @@ def _parser() -> argparse.ArgumentParser:
     checker = commands.add_parser("check", help="validate a configuration and probe its backends")
     checker.add_argument("file", type=Path)
     add_keys_parser(commands.add_parser("keys", help="make, list, rotate and revoke keys in the configured store"))
-    for name in NOT_BUILT:
-        commands.add_parser(name, help="not built yet").add_argument("rest", nargs=argparse.REMAINDER)
+    evaluations = commands.add_parser("eval", help="evaluate decisions").add_subparsers(dest="what", required=True)
+    route = evaluations.add_parser("route", help="decide again what a log says was decided by text, and compare")
+    route.add_argument("--log", type=Path, required=True, help="request lines of the gateway")
+    route.add_argument("--scorer", default="builtin", help="as routing.scorer: builtin, or an artefact")
     commands.add_parser("version", help="print the version")
     return parser
+
+
+def _eval_route(options: argparse.Namespace) -> int:
+    scorer = load_scorer(options.scorer)
+    if scorer is None:
+        raise ConfigError(f"--scorer: {options.scorer!r} is no artefact of this version")
+    try:
+        with options.log.open("rb") as lines:
+            return eval_route(lines, scorer, sys.stdout)
+    except OSError as exc:
+        raise ConfigError(f"--log: {options.log} cannot be read ({exc.strerror})") from exc
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -18,10 +18,11 @@ from msgspec.structs import replace
 from budget.cap import EFFORT_SHARE, effort_tokens
 from budget.degrade import Attempt, Needs, next_attempt, tokens_that_fit
 from budget.ledger import Unit
+from gateway.ask.hear import Heard, hear
 from gateway.edge.extension import Degraded
 from gateway.errors import InvalidRequest, PermissionDenied
 from gateway.modes.soft import LEAST_EFFORT
-from gateway.prepare import Heard, Prepared, ceiling_of, decide, hear
+from gateway.prepare import Prepared, ceiling_of, decide
 from router.mode import ModeDecision
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class _Ladder:
         self._request = request
         self._refused = refused
         self._why = why
-        _, self._raw, self._media_parts = hear(request.body, request.surface, request.models, request.config)
+        heard = hear(request.body, request.surface, request.models, request.config)
+        self._raw, self._media_parts = heard.raw, heard.media_parts
         self.left = {unit: found.remaining for unit in UNITS if (found := hold.remaining(unit)) is not None}
 
     def needs(self, instant: Prepared | None) -> Needs:
@@ -126,7 +128,7 @@ class _Ladder:
         lower = self._prepared(ask, 0, effort=LEAST_EFFORT)
         if lower is None:
             return None
-        return replace(lower, decision=ModeDecision("instant", f"less than it needs: {self._what_is_left()}"))
+        return replace(lower, decision=_instant(self._refused.decision, self._what_is_left()))
 
     def told(self, attempt: Attempt) -> Degraded:
         """The step, for the response."""
@@ -144,7 +146,8 @@ class _Ladder:
     def _prepared(self, ask: Ask, cap: int, *, effort: str | None = None) -> Prepared | None:
         """Decided anew; None for what cannot be had that way."""
         call, request = self._refused.call, self._request
-        heard = Heard(ask, self._raw if effort is None else _with_effort(self._raw, effort), self._media_parts)
+        raw, verdict = self._raw if effort is None else _with_effort(self._raw, effort), self._refused.decision.verdict
+        heard = Heard(ask, raw, self._media_parts, read=None if verdict is None else lambda _key, _model: verdict)
         try:
             lower = decide(
                 heard,
@@ -188,6 +191,10 @@ class _Ladder:
 
     def _what_is_left(self) -> str:
         return f"what {self._why.scope} has left of {self._why.unit}"
+
+
+def _instant(before: ModeDecision, left: str) -> ModeDecision:
+    return ModeDecision("instant", f"less than it needs: {left}", before.verdict)
 
 
 def _with_effort(raw: RawFields, effort: str) -> RawFields:

@@ -10,7 +10,7 @@ Source of the table: docs/api.md, "Errors".
     │   ├── IdempotencyMismatch   422  the Idempotency-Key was used with another body
     │   └── ModelNotFound         404
     ├── RouteNotFound             404
-    ├── EntryNotFound             404  of the admin API
+    ├── EntryNotFound             404  of the admin API, and of feedback
     ├── ConflictingChange         409  what would be changed is the file's, taken, or no longer as it was
     ├── StillRunning              409  the first request with this Idempotency-Key has not ended
     ├── MethodNotAllowed          405
@@ -141,7 +141,7 @@ class RouteNotFound(GatewayError):
 
 
 class EntryNotFound(GatewayError):
-    """The admin API knows no key, limit or token of that name."""
+    """The admin API knows no key, limit or token of that name, or no request of that id can be scored."""
 
     status = 404
     type = "invalid_request_error"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from gateway.ask.hear import hear
 from gateway.edge.extension import Degraded
 from gateway.errors import GatewayError, InvalidRequest, PermissionDenied
-from gateway.prepare import Heard, decide, hear
+from gateway.prepare import decide
 
 if TYPE_CHECKING:
     from gateway.degrade import Request
@@ -51,12 +52,13 @@ class Fallbacks:
         if self._why is None or not self._left:
             return None
         request, asked, call = self._request, self._asked, self._asked.call
-        heard = hear(request.body, request.surface, request.models, request.config)
+        heard, verdict = hear(request.body, request.surface, request.models, request.config), asked.decision.verdict
+        read = None if verdict is None else lambda _key, _model: verdict
         while self._left:
             name = self._left.pop(0)
             try:
                 found = decide(
-                    Heard(replace(asked.ask, model=name), heard.raw, heard.media_parts),
+                    heard._replace(ask=replace(asked.ask, model=name), read=read),
                     len(request.body),
                     request.surface,
                     request.key,

@@ -27,7 +27,8 @@ from router.health import RetryBudget
 if TYPE_CHECKING:
     from budget.chain import Forcing
     from gateway.backends.port import Call
-    from gateway.config.schema import BackendConfig, Config, ModelConfig, Routing
+    from gateway.config.routing import Routing
+    from gateway.config.schema import BackendConfig, Config, ModelConfig
 
 log = logging.getLogger("thinkgate.models")
 

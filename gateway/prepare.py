@@ -7,6 +7,7 @@ Pure; O(fields). Does not own: dialects (resolve.py), cap arithmetic (budget/cap
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -14,9 +15,10 @@ import msgspec
 from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
 from budget.degrade import Step
 from budget.ledger import Amounts
-from gateway.ask.fields import check_choices, check_continued, check_media, upstream_fields
-from gateway.ask.request import RawFields, parse_chat, parse_completion
-from gateway.ask.resolve import UNCAPPED, Ask, resolve_chat, resolve_completion, split_suffix
+from gateway.ask.fields import check_choices, check_continued, upstream_fields
+from gateway.ask.hear import Heard, hear
+from gateway.ask.request import RawFields
+from gateway.ask.resolve import UNCAPPED, Ask
 from gateway.auth import Key, check_model, degrade_steps
 from gateway.backends.port import Call, Surface, Thinking
 from gateway.edge.extension import CapReport, Degraded
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 TEMPLATE_MARGIN_TOKENS = 256
 MEDIA_PART_TOKENS = 4096
 NO_STOPS = Stops()
+UNCERTAIN = "routing.uncertain_thinking_tokens"
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -114,7 +117,7 @@ def decide(
     trace: tuple[tuple[bytes, bytes], ...],
 ) -> Prepared:
     """What follows from what was heard. Raises: InvalidRequest, ModelNotFound, PermissionDenied."""
-    ask, raw, media_parts = heard
+    ask, raw, media_parts = heard.ask, heard.raw, heard.media_parts
     model = find_model(ask.model, models, key)
     check_choices(ask.n, ask.prompts, model.config.max_n)
     if ask.answer_floor is not None:
@@ -127,7 +130,7 @@ def decide(
             f"`thinkgate.envelope.usd` bounds nothing, since {model.name!r} has no price: leave it out.",
             param="thinkgate.envelope.usd",
         )
-    decision, bounds, cap, report, slack = _bounded(ask, model, key, config, needs)
+    decision, bounds, cap, report, slack = _bounded(heard, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
     max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
     stops, raw = _own_stops(raw, in_thinking=ask.stop_in_thinking) if is_thinking else (NO_STOPS, raw)
@@ -176,9 +179,10 @@ class _Bounded(NamedTuple):
     slack: int
 
 
-def _bounded(ask: Ask, model: Model, key: Key, config: Config, needs: Needs) -> _Bounded:
+def _bounded(heard: Heard, model: Model, key: Key, config: Config, needs: Needs) -> _Bounded:
+    ask = heard.ask
     bounds = model.bounds(key.max_thinking_tokens, ask.total_max, ask.answer_floor)
-    decision = _decide(ask, key, bounds, config, model, needs)
+    decision = _decide(heard, key, bounds, config, model, needs)
     if decision.mode == "reasoning" and needs.continues:
         raise InvalidRequest(
             "`continue_final_message` and `add_generation_prompt: false` go on from a message, where thinking cannot"
@@ -196,9 +200,13 @@ def _bounded(ask: Ask, model: Model, key: Key, config: Config, needs: Needs) -> 
             # An engine of ours forces the same texts, and so does the gateway if it has to take over.
             bounds = msgspec.structs.replace(bounds, forced=forcing.overhead() - len(forcing.opening))
         cap, report = _cap(ask, bounds, model, how, why_not)
+        most = None if decision.verdict is None else decision.verdict.most_thinking
+        if most is not None and most < cap.tokens and report.tokens is not None:
+            cap = msgspec.structs.replace(cap, tokens=most)
+            report = msgspec.structs.replace(report, tokens=most, clamped_from=report.tokens, clamped_by=UNCERTAIN)
         if cap.tokens:
             return _Bounded(decision, bounds, cap, report, slack)
-        decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}")
+        decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}", decision.verdict)
     return _Bounded(decision, bounds, None, _instant_report(model, needs), 0)
 
 
@@ -219,28 +227,6 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues:
         is_native=model.thinking.native,
         continues=continues,
     )
-
-
-class Heard(NamedTuple):
-    """What a body says: the request, its top-level fields as they came, and how many parts are not text."""
-
-    ask: Ask
-    raw: RawFields
-    media_parts: int
-
-
-def hear(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> Heard:
-    """Parse and resolve. Raises: InvalidRequest."""
-    if surface == "chat":
-        chat, raw = parse_chat(body)
-        name, suffix = split_suffix(chat.model, models)
-        media_parts = check_media(chat.messages, config.server.media_hosts)
-        if media_parts:  # what was checked is what is sent, also where a key stands twice
-            raw["messages"] = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(raw["messages"])))
-        return Heard(resolve_chat(chat, name, suffix), raw, media_parts)
-    text, raw = parse_completion(body)
-    name, suffix = split_suffix(text.model, models)
-    return Heard(resolve_completion(text, name, suffix), raw, 0)
 
 
 def find_model(name: str, models: Mapping[str, Model], key: Key) -> Model:
@@ -264,7 +250,8 @@ def _check_floor(ask: Ask, floor: int, model: Model) -> None:
         )
 
 
-def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model, needs: Needs) -> ModeDecision:
+def _decide(heard: Heard, key: Key, bounds: Bounds, config: Config, model: Model, needs: Needs) -> ModeDecision:
+    ask = heard.ask
     facts = ModeFacts(
         asked=ask.mode,
         asked_by=ask.mode_field,
@@ -274,6 +261,7 @@ def _decide(ask: Ask, key: Key, bounds: Bounds, config: Config, model: Model, ne
         thinking_room=bounds.ceiling()[0],
         is_native=model.thinking.native,
         continues=needs.continues,
+        read=None if heard.read is None else partial(heard.read, key, model),
     )
     try:
         return decide_mode(facts)

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from budget.tokens import TokenCounts
+from gateway.edge.extension import DecisionReport
 from gateway.log import RequestLine
 
 if TYPE_CHECKING:
@@ -120,7 +121,12 @@ class Record:
             error=self.error,
             degraded=() if prepared is None else prepared.degraded,
             replayed=self.replayed,
+            decision=self._decision(),
         )
+
+    def _decision(self) -> DecisionReport | None:
+        verdict = None if self._prepared is None else self._prepared.decision.verdict
+        return None if verdict is None else DecisionReport.of(verdict)
 
     def _publish_thinking(self, prepared: Prepared, run: Run) -> None:
         """Count how its thinking was bounded."""

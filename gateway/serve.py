@@ -19,7 +19,7 @@ from gateway.backends.http_backend import HttpBackend
 from gateway.degrade import Request, one_step_down
 from gateway.edge.aggregate import Aggregator
 from gateway.edge.exchange import EVENT_STREAM, JSON
-from gateway.edge.extension import Report, Spent, UsageReport, encode
+from gateway.edge.extension import DecisionReport, Report, Spent, UsageReport, encode
 from gateway.edge.plain import PlainAnswer
 from gateway.edge.sse import ChunkEncoder
 from gateway.errors import BudgetStoreUnreachable, DeadlinePassed, Headers, LimitExceeded, Overloaded, UpstreamError
@@ -156,6 +156,8 @@ class Answer:
         finally:
             self._run.close_books()
             self._record.finish(self._run)
+            if self._prepared.decision.verdict is not None:
+                self._gateway.learning.saw(self._prepared, self._key, self._run, self._exchange.request_id)
 
     def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         if self._prepared.decision.mode == "instant":
@@ -316,6 +318,8 @@ class Answer:
             report.summary = self._summaries.outcome
         if prepared.degraded:
             report.degraded = prepared.degraded
+        if prepared.decision.verdict is not None:
+            report.decision = DecisionReport.of(prepared.decision.verdict)
         return UsageReport.of(counts), report
 
     def _id_header(self) -> Headers:

@@ -1,4 +1,4 @@
-"""Requests that differ in their messages only are decided once (docs/adr/0010).
+"""Requests that differ in their messages only are decided once (docs/adr/0010), or once per outcome of their text.
 
 Owns: what the shape of a chat request is, what is kept by shape and for how long. Does not own: deciding
 (prepare.py). O(body bytes); at most MOST_SHAPES decisions are kept, and nothing of any message.
@@ -17,14 +17,17 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from gateway.ask.fields import check_media
+from gateway.ask.hear import hear
 from gateway.ask.request import check_text, parse_messages
-from gateway.prepare import Prepared, ceiling_of, decide, hear
+from gateway.prepare import Prepared, ceiling_of, decide
 
 if TYPE_CHECKING:
     from gateway.auth import Key
     from gateway.backends.port import Capabilities, Surface
     from gateway.config.schema import Config
+    from gateway.judge import Judge
     from gateway.models import Model
+    from router.judge import Verdict
 
 MOST_SHAPES = 256
 MOST_SHAPE_BYTES = 512
@@ -62,14 +65,23 @@ SHAPING = frozenset(
 )
 NO_MESSAGES = Raw(b"[]")
 Shape = tuple[str, bytes, bytes]
+Outcome = tuple[str, int | None]
 
 
 class _Kept(NamedTuple):
-    """The decision about an earlier request, without its messages, and what it followed from beside the shape."""
+    """The decision about an earlier request, without its messages, and what it followed from beside the shape.
+
+    Attributes:
+        prepared: that decision.
+        key: whose it was.
+        found: what the model's backends could do.
+        by_text: where the text decided, what follows from each mode and cap it may say; else empty.
+    """
 
     prepared: Prepared
     key: Key
     found: list[Capabilities | None]
+    by_text: dict[Outcome, Prepared]
 
 
 class Decisions:
@@ -78,9 +90,11 @@ class Decisions:
     Args:
         config: what is in force.
         models: by public name.
+        judge: asks texts; None: structure alone decides.
     """
 
-    def __init__(self, config: Config, models: Mapping[str, Model]) -> None:
+    def __init__(self, config: Config, models: Mapping[str, Model], judge: Judge | None = None) -> None:
+        self._judge = judge
         self._config = config
         self._models = models
         self._kept: dict[Shape, _Kept] = {}
@@ -103,6 +117,8 @@ class Decisions:
                 if prepared is not None:
                     return prepared
         heard = hear(body, surface, self._models, self._config)
+        if self._judge is not None and surface == "chat":
+            heard = heard._replace(read=self._judge.reader(heard.messages, heard.media_parts))
         prepared = decide(
             heard, len(body), surface, key, self._models, self._config, request_id=request_id, trace=trace
         )
@@ -133,10 +149,20 @@ class Decisions:
         parsed = parse_messages(messages)
         if parsed is None or check_media(parsed, self._config.server.media_hosts):
             return None
+        decision = known.decision
+        if kept.by_text:
+            assert self._judge is not None
+            verdict = self._judge.read(parsed, 0, key, known.model)
+            by_text = kept.by_text.get(_outcome(verdict))
+            if by_text is None:
+                return None
+            known = by_text
+            decision = known.decision._replace(reason=verdict.reason, verdict=verdict)
         call, cap = known.call, known.cap
         most = call.max_tokens + known.slack
         return replace(
             known,
+            decision=decision,
             call=replace(
                 call, request_id=request_id, fields={**call.fields, "messages": Raw(messages)}, trace_headers=trace
             ),
@@ -149,10 +175,21 @@ class Decisions:
         fields = {name: value.copy() for name, value in call.fields.items()}  # a view would keep its whole body
         fields["messages"] = NO_MESSAGES
         bare = replace(call, request_id="", fields=fields, trace_headers=())
-        self._kept.pop(shape, None)
+        kept = _Kept(replace(prepared, call=bare, cap=replace(prepared.cap)), key, _found(prepared.model), {})
+        before = self._kept.pop(shape, None)
+        verdict = prepared.decision.verdict
+        if verdict is not None:
+            if before is not None and before.key is key and before.found == kept.found:
+                kept.by_text.update(before.by_text)
+            kept.by_text[_outcome(verdict)] = kept.prepared
         if len(self._kept) >= MOST_SHAPES:
             del self._kept[next(iter(self._kept))]  # the oldest, so that using one writes nothing
-        self._kept[shape] = _Kept(replace(prepared, call=bare, cap=replace(prepared.cap)), key, _found(prepared.model))
+        self._kept[shape] = kept
+
+
+def _outcome(verdict: Verdict) -> Outcome:
+    """What a decision takes of a verdict: few different ones, so few are kept for a shape."""
+    return verdict.mode, verdict.most_thinking
 
 
 def _found(model: Model) -> list[Capabilities | None]:

@@ -1,14 +1,18 @@
-"""Which mode a request gets, by structure alone. Pure; O(1).
+"""Which mode a request gets: by structure first, which is free and certain, and by its text only then. Pure.
 
-The decision carries its reason, which ends up in the response, the log and the metrics.
+O(1) by structure. The decision carries its reason, which ends up in the response, the log and the metrics.
+Structure never says agentic: a client's own tools, and their results in the history, are the client's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple
 
-Mode = Literal["instant", "reasoning"]
+from router.judge import Verdict
+from router.utility import Mode
+
+__all__ = ["MODES", "Mode", "ModeDecision", "ModeFacts", "ModeForbidden", "decide_mode"]
 MODES: tuple[Mode, ...] = ("instant", "reasoning")
 
 
@@ -38,6 +42,7 @@ class ModeFacts(NamedTuple):
         thinking_room: tokens of thinking that limits leave for this request.
         is_native: the model thinks by itself; another one thinks only when asked to.
         continues: the request goes on from a message of the assistant's, where no thinking can begin.
+        read: asks the text; None where it cannot be asked.
     """
 
     asked: Literal["auto", "instant", "reasoning"]
@@ -48,17 +53,19 @@ class ModeFacts(NamedTuple):
     thinking_room: int
     is_native: bool = True
     continues: bool = False
+    read: Callable[[], Verdict] | None = None
 
 
 class ModeDecision(NamedTuple):
-    """A mode, and why."""
+    """A mode, and why; `verdict` is the text's, where it was asked."""
 
     mode: Mode
     reason: str
+    verdict: Verdict | None = None
 
 
 def decide_mode(facts: ModeFacts) -> ModeDecision:
-    """Explicit wishes first, then permissions, then room, then the configured default.
+    """Explicit wishes first, then permissions, then room, then the configured default, then the text.
 
     Raises: ModeForbidden when the request itself names a mode the key may not use.
     """
@@ -82,6 +89,9 @@ def _auto(facts: ModeFacts) -> ModeDecision:
         return ModeDecision(facts.default_mode, "routing.default_mode")
     if not facts.is_native:
         return ModeDecision("instant", "the model does not think by itself, and nothing asks it to")
+    if facts.read is not None:
+        verdict = facts.read()
+        return ModeDecision(verdict.mode, verdict.reason, verdict)
     return ModeDecision(facts.on_uncertain, "nothing in the request decides it: routing.on_uncertain")
 
 

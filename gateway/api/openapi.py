@@ -135,6 +135,29 @@ EMBEDDING_RESPONSE = {
         "request_id": "req-5f0c1d2e3f4a5b6c-2",
     },
 }
+ROUTE_REQUEST = {"model": "qwen3", "messages": [{"role": "user", "content": "Tell me a joke about rivers."}]}
+TEXT_DECISION = {
+    "mode": "instant",
+    "by": "text",
+    "on_uncertain": "reasoning",
+    "scorer": "557585ba0d22",
+    "probability": 0.0213,
+    "level": 1,
+    "features": {"length": 0.44, "words": 0.32, "is_short": 1.0},
+}
+ROUTE = {
+    "object": "thinkgate.route",
+    "model": "qwen3",
+    "mode": "instant",
+    "mode_reason": "the text: thinking pays with 0.0213",
+    "by_text": True,
+    "text": TEXT_DECISION,
+    "cap": {"tokens": 0, "source": "mode", "enforcement": "switch", "hit": False},
+    "hold": {"tokens": 1361, "thinking_tokens": 0, "nano_usd": 0},
+    "request_id": "req-5f0c1d2e3f4a5b6c-3",
+}
+FEEDBACK = {"request_id": "req-5f0c1d2e3f4a5b6c-3", "score": 1.0}
+ACCEPTED = {"object": "thinkgate.feedback", "accepted": True}
 MODEL = {"id": "qwen3", "object": "model", "created": 1795410662, "owned_by": "thinkgate", "max_model_len": 32768}
 
 
@@ -151,7 +174,7 @@ def document(*, has_keys: bool = True) -> Json:
         "jsonSchemaDialect": "https://json-schema.org/draft/2020-12/schema",
         "info": {"title": "thinkgate", "version": __version__, "description": DESCRIPTION.strip()},
         "security": [{"bearer": []}] if has_keys else [],
-        "paths": {**_completions(), **_models(), **_health(), **admin_paths},
+        "paths": {**_completions(), **_route(), **_models(), **_health(), **admin_paths},
         "components": {
             "schemas": schemas() | admin_schemas,
             "headers": {
@@ -214,6 +237,33 @@ def _completions() -> Json:
             EMBEDDING_REQUEST,
             EMBEDDING_RESPONSE,
         ),
+    }
+
+
+def _route() -> Json:
+    """What explains a decision, and what says what one was worth; neither spends anything."""
+    text = "Explains what a chat completion with this body would be, without carrying it out."
+    score = "Scores a finished request whose mode its text decided, once."
+    return {
+        "/v1/route": _told("explainRoute", text, "ChatCompletionRequest", ROUTE_REQUEST, "Route", ROUTE),
+        "/v1/feedback": _told("giveFeedback", score, "Feedback", FEEDBACK, "FeedbackAccepted", ACCEPTED),
+    }
+
+
+def _told(operation: str, summary: str, takes: str, request: Json, gives: str, response: Json) -> Json:
+    answer = {
+        "description": "The answer.",
+        "headers": _headers((*ALWAYS, "idempotent-replayed")),
+        "content": _json(gives, response),
+    }
+    return {
+        "post": {
+            "operationId": operation,
+            "summary": summary,
+            "parameters": [_request_id(), _idempotency_key()],
+            "requestBody": {"required": True, "content": _json(takes, request)},
+            "responses": {"200": answer, **_errors()},
+        }
     }
 
 

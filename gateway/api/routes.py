@@ -16,6 +16,7 @@ from gateway.api.admin import ROUTERS, admin_methods
 from gateway.api.admin_door import authorization_of
 from gateway.api.embeddings import serve_embedding
 from gateway.api.openapi import document
+from gateway.api.route import serve_feedback, serve_route
 from gateway.auth import check_model
 from gateway.errors import (
     GatewayError,
@@ -39,8 +40,6 @@ Handler = Callable[["Gateway", "Exchange", "Record", "Watched"], Awaitable[None]
 NOT_BUILT = {
     "/v1/responses": "use /v1/chat/completions",
     "/v1/messages": "use /v1/chat/completions",
-    "/v1/route": "the `thinkgate` object of every response says which mode was chosen and why",
-    "/v1/feedback": "there is nothing to use instead yet",
     "/v1/trees": "use /v1/chat/completions with `n`",
     "/v1/audio": "call the backend directly",
     "/v1/images": "call the backend directly",
@@ -64,6 +63,8 @@ HOT_ROUTES: dict[str, Handler] = {
     "/v1/chat/completions": chat,
     "/v1/completions": completions,
     "/v1/embeddings": serve_embedding,
+    "/v1/route": serve_route,
+    "/v1/feedback": serve_feedback,
 }
 
 

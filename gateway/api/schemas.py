@@ -12,7 +12,7 @@ from typing import Any, get_args
 import msgspec
 
 from gateway.ask.request import GATEWAY_OWNED, MAX_DEPTH, ChatFields, CompletionFields, EmbeddingFields
-from gateway.edge.extension import EmbeddingReport, Report, UsageReport
+from gateway.edge.extension import EmbeddingReport, Feedback, Report, RouteReport, UsageReport
 from gateway.enforcement import How
 
 Json = dict[str, Any]
@@ -28,6 +28,9 @@ NAMES = {struct.__name__: name for name, struct in REQUESTS.items()} | {
     "Report": "Thinkgate",
     "EmbeddingReport": "EmbeddingThinkgate",
     "UsageReport": "Usage",
+    "RouteReport": "Route",
+    "DecisionReport": "TextDecision",
+    "ArmReport": "WeighedMode",
 }
 REQUEST_RULES = f"""
 Fields that are not listed pass to the backend as they are. Fields that contradict each other are a 400 that
@@ -44,7 +47,7 @@ FINISH_REASONS = ["stop", "length", "tool_calls", "content_filter", "function_ca
 def schemas() -> Json:
     """Every schema by name."""
     _, derived = msgspec.json.schema_components(
-        [*REQUESTS.values(), Report, EmbeddingReport, UsageReport], ref_template=REF + "{name}"
+        [*REQUESTS.values(), Report, EmbeddingReport, UsageReport, RouteReport, Feedback], ref_template=REF + "{name}"
     )
     named = {NAMES.get(name, name): _renamed(schema) for name, schema in derived.items()}
     for name in REQUESTS:
@@ -94,6 +97,10 @@ def _refine(named: Json) -> None:
             "description": "The backend gave neither token ids nor its own count.",
         }
         report["cost_usd"]["minimum"] = 0
+    for name in ("arms", "features"):  # left out where empty
+        named["TextDecision"]["properties"][name].pop("default")
+    named["Route"]["properties"]["mode"] = {"enum": ["instant", "reasoning"]}
+    named["Route"]["properties"]["object"] = {"const": "thinkgate.route"}
     cap = named["CapReport"]["properties"]
     cap["source"] = {"enum": ["request", "effort", "default", "mode"]}
     cap["enforcement"] = {"enum": list(get_args(How))}
@@ -223,6 +230,9 @@ def _others() -> Json:
                 "thinkgate": ref("EmbeddingThinkgate"),
             },
             optional=("usage", "model"),
+        ),
+        "FeedbackAccepted": _object(
+            "It was counted.", {"object": {"const": "thinkgate.feedback"}, "accepted": {"const": True}}
         ),
         "Model": model,
         "ModelList": _object("Models.", {"object": {"const": "list"}, "data": _list_of(ref("Model"))}),

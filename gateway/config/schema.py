@@ -1,8 +1,8 @@
 """The configuration: one frozen model, validated once, passed down.
 
 Owns: every key of the file (docs/config.md), its default and what a wrong value should have been; those of `limits`
-and `store` are in budgets.py, those of `alerts` in alerts.py. Does not own: reading files and the
-environment (load.py), nor secrets, which are only named here.
+and `store` are in budgets.py, those of `alerts` in alerts.py, those of `routing` in routing.py. Does not own: reading
+files and the environment (load.py), nor secrets, which are only named here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from gateway.config.alerts import AlertsConfig
 from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
-from gateway.config.placing import PlacementConfig, QueueConfig, RetriesConfig
+from gateway.config.routing import Routing
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -200,6 +200,8 @@ class KeyTraits(Section):
     degrade: tuple[Literal["cap", "effort", "instant", "model"], ...] = ()
     tags: tuple[Owner, ...] = ()
     reasoning_field: Literal["upstream", "both"] = "upstream"
+    lambda_per_usd: float = Field(0, ge=0, allow_inf_nan=False)
+    quality_floor: float = Field(0, ge=0, le=1)
 
 
 class KeyConfig(KeyTraits):
@@ -224,16 +226,6 @@ class IdempotencyConfig(Section):
     max_bytes: PositiveInt = 1024 * 1024
     max_total_bytes: PositiveInt = 256 * 1024 * 1024
     lease_s: float = Field(60, ge=10)
-
-
-class Routing(Section):
-    """Which mode a request gets that names none, and which backend serves it."""
-
-    default_mode: Literal["auto", "instant", "reasoning"] = "auto"
-    on_uncertain: Literal["instant", "reasoning"] = "reasoning"
-    placement: PlacementConfig = PlacementConfig()
-    retries: RetriesConfig = RetriesConfig()
-    queue: QueueConfig = QueueConfig()
 
 
 class SearchConfig(Section):

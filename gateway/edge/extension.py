@@ -5,17 +5,19 @@ Owns: their shape (docs/api.md, "Responses").
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from budget.degrade import Step
 from budget.tokens import TokenCounts
+from router.features import NAMES
 
 if TYPE_CHECKING:
     from budget.ledger import Amounts
     from gateway.modes.flow import Enforced
+    from router.judge import Verdict
 
 
 SummaryReport = Literal["auto", "concise", "detailed", "failed"]
@@ -90,6 +92,58 @@ class Spent(Struct, kw_only=True):
         return cls(tokens=amounts.tokens, thinking_tokens=amounts.thinking_tokens, nano_usd=amounts.nano_usd)
 
 
+class ArmReport(Struct, frozen=True, kw_only=True):
+    """One mode as it was weighed."""
+
+    mode: Literal["instant", "reasoning"]
+    quality: float
+    cost_usd: float
+    utility: float
+
+
+class DecisionReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the text of a request said, and what that followed from: enough to decide it again.
+
+    Attributes:
+        mode: what the text said; `thinkgate.mode` may be less where there was no room.
+        by: `text`, `utility`, `drawn` or `uncertain`.
+        on_uncertain: `routing.on_uncertain` as it was.
+        quality_floor: the key's.
+        scorer: the first characters of the artefact's digest; none where the text was not read.
+        probability: that thinking pays.
+        level: difficulty, 1 to 5.
+        features: those that are not 0; numbers, from which no text can be told.
+        arms: what was weighed.
+    """
+
+    mode: Literal["instant", "reasoning"]
+    by: Literal["text", "utility", "drawn", "uncertain"]
+    on_uncertain: Literal["instant", "reasoning"]
+    quality_floor: float = 0.0
+    scorer: str = ""
+    probability: float | None = None
+    level: int | None = None
+    features: dict[str, float] = {}
+    arms: tuple[ArmReport, ...] = ()
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> DecisionReport:
+        """From the text's verdict."""
+        score = verdict.score
+        on_uncertain, floor = verdict.policy
+        return cls(
+            mode=verdict.mode,
+            by=verdict.by,
+            on_uncertain=on_uncertain,
+            quality_floor=floor,
+            scorer=verdict.scorer,
+            probability=None if score is None else score.probability,
+            level=None if score is None else score.level,
+            features={} if score is None else {n: v for n, v in zip(NAMES, score.features, strict=True) if v},
+            arms=tuple(ArmReport(**arm._asdict()) for arm in verdict.arms),
+        )
+
+
 class Report(Struct, kw_only=True):
     """The `thinkgate` object."""
 
@@ -107,6 +161,7 @@ class Report(Struct, kw_only=True):
     counted: str | msgspec.UnsetType = msgspec.UNSET
     summary: SummaryReport | msgspec.UnsetType = msgspec.UNSET
     degraded: tuple[Degraded, ...] | msgspec.UnsetType = msgspec.UNSET
+    decision: DecisionReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):
@@ -119,6 +174,34 @@ class EmbeddingReport(Struct, kw_only=True):
     backend: str
     request_id: str
     counted: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class RouteReport(Struct, kw_only=True):
+    """The answer of `/v1/route`.
+
+    Attributes:
+        by_text: the text decided; else structure did, and `text` tells what it would have said.
+        text: what the text says; null without a scorer.
+        cap: as a response would have it.
+        hold: what would be held.
+    """
+
+    object: str = "thinkgate.route"
+    model: str
+    mode: str
+    mode_reason: str
+    by_text: bool
+    text: DecisionReport | None
+    cap: CapReport
+    hold: Spent
+    request_id: str
+
+
+class Feedback(Struct, forbid_unknown_fields=True):
+    """The body of `/v1/feedback`."""
+
+    request_id: Annotated[str, Meta(min_length=1, max_length=128)]
+    score: Annotated[float, Meta(ge=0, le=1)]
 
 
 class PromptTokens(Struct):

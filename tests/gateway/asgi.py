@@ -71,6 +71,8 @@ class Echo:
 def gateway_of(config: Config, *, is_up: bool = True) -> tuple[Gateway, io.StringIO]:
     """A gateway whose backends are all `Echo`es, and what it will log."""
     lines = io.StringIO()
+    if "scorer" not in config.routing.model_fields_set:  # what is asked is of no concern: structure alone decides
+        config = config.model_copy(update={"routing": config.routing.model_copy(update={"scorer": "none"})})
     gateway = Gateway(config, log_stream=lines)
     for model in gateway.serving.models.values():
         for slot in model.slots:

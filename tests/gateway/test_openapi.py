@@ -191,7 +191,7 @@ def examples_of(described: Json) -> list[tuple[str, str, Json]]:
 def test_examples_are_valid(described: Json) -> None:
     """Every example fits its schema, and every request example is one that the gateway would parse."""
     examples = examples_of(described)
-    assert len(examples) == 11
+    assert len(examples) == 15
     for where, name, example in examples:
         problems = [error.message for error in schema_of(described, name).iter_errors(example)]
         assert problems == [], where

@@ -42,7 +42,7 @@ async def reloading(
 ) -> AsyncIterator[tuple[Live, Reloader]]:
     """A gateway whose configuration file is watched."""
     monkeypatch.setattr("gateway.reload.POLL_S", 0.02)
-    write(path, tree)
+    write(path, {**tree, "routing": {"scorer": "none"}})
     started = load_config(path, overrides=overrides).model_dump(mode="json", exclude_unset=True)
     async with live(started) as gateway, asyncio.TaskGroup() as tasks:
         reloader = Reloader(gateway.gateway, path, overrides=overrides)
