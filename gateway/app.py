@@ -36,6 +36,7 @@ from gateway.learning import Learning
 from gateway.log import LineWriter
 from gateway.metrics import Metrics
 from gateway.models import Model, build_models
+from gateway.names import Names
 from gateway.outcomes import Outcomes
 from gateway.record import Record
 from gateway.shapes import Decisions
@@ -66,13 +67,20 @@ class Serving:
     judge: Judge
 
 
-def serving(config: Config, stored: Stored, statistics: Statistics, known: dict[str, Model] | None = None) -> Serving:
+def serving(
+    config: Config,
+    stored: Stored,
+    statistics: Statistics,
+    *,
+    known: dict[str, Model] | None = None,
+    names: Names | None = None,
+) -> Serving:
     """What a configuration puts in force; backends that stay the same are taken over from `known`.
 
     Raises: ConfigError when a secret or credential is missing.
     """
     keyring = Keyring(config, secret_sha256s(config), stored)
-    models = build_models(config, known)
+    models = build_models(config, known, names)
     statistics.believe(priors_of(config.routing.priors))
     judge = Judge(config.routing, statistics, load_scorer(config.routing.scorer))
     return Serving(config, keyring, models, Decisions(config, models, judge), judge)
@@ -109,7 +117,8 @@ class Gateway(FastAPI):
         )
         self.statistics = Statistics(priors_of(config.routing.priors))
         self.learning = Learning(self.statistics)
-        self.serving = serving(config, self.stored, self.statistics)
+        self.names = Names()
+        self.serving = serving(config, self.stored, self.statistics, names=self.names)
         self.admin = Admin(self.stored, lambda: self.serving.config, lambda: self.ledger)
         self.ledger: Ledger = open_ledger(config.store, self.admin.limits.in_force(config), clock=clock)
         self.watch = Watch(config.server.timeouts)
@@ -215,7 +224,9 @@ class Gateway(FastAPI):
 
         Raises: ConfigError when a secret or credential is missing; then the old one stays in force.
         """
-        new, secret = serving(config, self.stored, self.statistics, self.serving.models), webhook_secret(config)
+        known, names = self.serving.models, self.names
+        new = serving(config, self.stored, self.statistics, known=known, names=names)
+        secret = webhook_secret(config)
         self._put_limits(config)
         self._webhook.configure(config.alerts, secret)
         self.serving = new
@@ -245,7 +256,9 @@ class Gateway(FastAPI):
                 self.stored.keep_up(),
                 self.outcomes.keep_up(),
                 self._webhook.run(),
+                self._follow_names(),
             )
+            await self._look_names_up()
             background = [tasks.create_task(each) for each in work]
             self._watch_slots()
             await self._meet_backends()
@@ -289,6 +302,20 @@ class Gateway(FastAPI):
         for key, (slot, model) in wanted.items():
             if key not in self._slots:
                 self._slots[key] = (slot, self._tasks.create_task(_keep(slot, model)))
+
+    async def _follow_names(self) -> None:
+        """Take up addresses that came and let go of those that went; running requests end where they are."""
+        while True:
+            await asyncio.sleep(self.serving.config.routing.placement.dns_s)
+            if await self._look_names_up():
+                self._watch_slots()
+
+    async def _look_names_up(self) -> bool:
+        config = self.serving.config
+        is_other = await self.names.refresh(config) and self.serving.config is config
+        if is_other:
+            self.serving = serving(config, self.stored, self.serving.models, self.names)
+        return is_other
 
     async def _sweep(self) -> None:
         while True:

@@ -245,7 +245,7 @@ class Metrics(Collector):
             "thinkgate_prefix_trusted", "1 while its prefix index is trusted.", labels=("model", "backend")
         )
         prefix = CounterMetricFamily(
-            "thinkgate_prefix_tokens", "Prompt tokens, predicted and cached.", labels=("model", "backend", "what")
+            "thinkgate_prefix_tokens", "Prompt tokens, predicted and cached.", labels=("model", "backend", "kind")
         )
         waits = GaugeMetricFamily("thinkgate_queue_calls", "Calls that wait for a backend.", labels=("model",))
         waited = CounterMetricFamily("thinkgate_queue_seconds", "Time calls waited for a backend.", labels=("model",))
@@ -260,8 +260,8 @@ class Metrics(Collector):
                 labels = (model.name, slot.config.id)
                 breaker.add_metric(labels, float(slot.breaker.state(slot.clock()) == "open"))
                 trusted.add_metric(labels, float(slot.standing.agreement.is_trusted))
-                for what, tokens in zip(("prompt", "predicted", "cached"), slot.standing.told, strict=True):
-                    prefix.add_metric((*labels, what), tokens)
+                for kind, tokens in zip(("prompt", "predicted", "cached"), slot.standing.told, strict=True):
+                    prefix.add_metric((*labels, kind), tokens)
                 up.add_metric((model.name, slot.config.id), float(slot.is_up))
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
                 binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)

@@ -20,6 +20,7 @@ from gateway.backends.port import Backend
 from gateway.config.load import backend_api_key
 from gateway.enforcement import How, Needs, enforcement
 from gateway.errors import Overloaded
+from gateway.names import Names
 from gateway.placing import Placing, Prompt
 from gateway.slots import Slot
 from router.health import RetryBudget
@@ -143,8 +144,10 @@ class Model:
         return slot
 
 
-def build_models(config: Config, known: dict[str, Model] | None = None) -> dict[str, Model]:
+def build_models(config: Config, known: dict[str, Model] | None = None, names: Names | None = None) -> dict[str, Model]:
     """Models of a configuration; a backend whose entry did not change is taken over from `known`.
+
+    `names` knows the addresses of `dns+http://` entries; without it each is one backend under its name.
 
     Raises: ConfigError when a backend's credential is unset.
     """
@@ -152,7 +155,7 @@ def build_models(config: Config, known: dict[str, Model] | None = None) -> dict[
     for name, entry in config.models.items():
         old = known.get(name) if known else None
         slots = []
-        for backend in entry.backends:
+        for backend in (names or Names()).expanded(entry.backends):
             kept = next((s for s in old.slots if _same(old, s, backend, entry)), None) if old is not None else None
             if kept is None:
                 slots.append(Slot(backend, _builder(name, backend, entry, config), config.routing.placement))

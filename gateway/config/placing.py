@@ -20,6 +20,7 @@ class PlacementConfig(Section):
     ttl_s: float = Field(600, gt=0)
     cache_tokens: PositiveInt = 262144
     poll_s: float = Field(1, gt=0)
+    dns_s: float = Field(10, gt=0)
     slow_start_s: float = Field(10, ge=0)
 
 

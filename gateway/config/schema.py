@@ -75,10 +75,12 @@ class BackendConfig(Section):
         if url is None:
             return None
         parts = urlsplit(url)
-        if parts.scheme.startswith("dns+"):
-            raise ValueError("dns+http:// is not built yet: list the addresses as backends of their own")
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
-            raise ValueError("must look like http://host:8000 or https://host/path")
+        if parts.scheme == "dns+https":
+            raise ValueError(
+                "dns+https:// is not possible, since certificates are for names: use https:// or dns+http://"
+            )
+        if parts.scheme not in {"http", "https", "dns+http"} or not parts.hostname or parts.port == 0:
+            raise ValueError("must look like http://host:8000, https://host/path or dns+http://service:8000")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("must not carry credentials, a query or a fragment; use api_key_env")
         return url.rstrip("/").removesuffix("/v1")

@@ -113,7 +113,7 @@ def test_two_models_do_not_share_a_default() -> None:
         ("models.qwen3.backends.0.url", "http://h:0", "models.qwen3.backends[0].url: must look like http://host:8000"),
         ("models.qwen3.backends.0.url", "http://[::1", "models.qwen3.backends[0].url: Invalid IPv6 URL"),
         ("models.qwen3.backends.0.url", "http://h/?q=1", "models.qwen3.backends[0].url: must not carry credentials"),
-        ("models.qwen3.backends.0.url", "dns+http://h", "models.qwen3.backends[0].url: dns+http:// is not built yet"),
+        ("models.qwen3.backends.0.url", "dns+https://h", "models.qwen3.backends[0].url: dns+https:// is not possible"),
         ("models.qwen3.thinking.start", "", "models.qwen3.thinking.start: String should have at least 1 character"),
         ("models.qwen3.thinking.enforce", "hope", "models.qwen3.thinking.enforce: Input should be 'auto', 'native'"),
         ("models.qwen3.thinking.off", {"temperature": 0}, "models.qwen3.thinking.off: may only hold `chat_template"),

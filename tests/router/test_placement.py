@@ -135,7 +135,7 @@ def test_what_cannot_serve_is_never_taken() -> None:
 
 def test_a_hit_is_worth_a_wait_but_not_any_wait() -> None:
     """The backend with the prompt's beginning is taken though it has calls, until what waits there is more."""
-    for pending, expected in ((3000, 0), (20000, 1)):
+    for pending, expected in ((3000, 0), (40000, 1)):
         hot, cold = one(cached_tokens=3000, in_flight=2, pending_tokens=pending), one()
         placement = place([hot, cold], first, 3200)
         assert placement is not None
