@@ -14,6 +14,7 @@ from gateway.cli import main
 from gateway.edge.extension import DecisionReport
 from gateway.eval_route import eval_route, replay
 from gateway.judge import load_scorer
+from router.features import NAMES
 from router.judge import Policy, judge, judge_score
 from router.scorer import Score
 from router.utility import Arm
@@ -165,3 +166,15 @@ async def test_one_step_down_keeps_what_the_text_said(scripted: ScriptedBackend)
     assert [taken["step"] for taken in less["degraded"]] == ["cap"]
     assert less["cap"]["tokens"] == full["cap"]["tokens"] - 4
     assert less["decision"] == full["decision"]
+
+
+async def test_a_record_of_a_text_holds_nothing_of_it() -> None:
+    """Names are the features' own and values are numbers: no word of a prompt is among them."""
+    app, lines = gateway()
+    secret = "Prove that xylophone n^2 + quokka is even for all integers n."
+    told = (await ask(app, {**WORK, "messages": [{"role": "user", "content": secret}]})).json["thinkgate"]["decision"]
+    app.lines.flush()
+    assert set(told["features"]) <= set(NAMES)
+    assert {type(value) for value in told["features"].values()} <= {float, int}
+    assert "xylophone" not in lines.getvalue() + json.dumps(told)
+    assert "quokka" not in lines.getvalue() + json.dumps(told)
