@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BENCHES = ("overhead", "soak", "ledger", "route")
+BENCHES = ("overhead", "soak", "ledger", "placement", "route")
 """What `make bench` runs; each is `python -m bench.NAME`."""
 
 
@@ -124,5 +124,9 @@ CLAIMS = (
     Claim(
         bench="route", key="structure_p50_us", at_most=20, unit="us", digits=1,
         text="time to decide a mode by structure alone, median",
+    ),
+    Claim(
+        bench="placement", key="unbeaten", at_least=True,
+        text="no other policy places better on both hits and p99, at any load simulated",
     ),
 )  # fmt: skip

@@ -82,8 +82,6 @@ class Share:
         Raises: EnvelopeSpent, naming the part, when there is not so much left; then nothing is spent.
         """
         self._check_open()
-        assert tokens >= 0, "what was spent cannot be unspent"
-        assert nano_usd >= 0, "what was spent cannot be unspent"
         _taken(self.tokens, tokens, "tokens")
         _taken(self.nano_usd, nano_usd, "usd")
         if self.tokens is not None:
@@ -134,6 +132,7 @@ def _taken(left: int | None, wanted: int | None, part: str) -> int | None:
     """How much of what is left is taken. Raises: EnvelopeSpent."""
     if wanted is None:
         return left
+    assert wanted >= 0, "what was taken comes back by a refund only"
     if left is not None and wanted > left:
         raise EnvelopeSpent(part)
     return wanted

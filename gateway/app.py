@@ -35,10 +35,11 @@ from gateway.judge import Judge, load_scorer, priors_of
 from gateway.learning import Learning
 from gateway.log import LineWriter
 from gateway.metrics import Metrics
-from gateway.models import Model, Slot, build_models
+from gateway.models import Model, build_models
 from gateway.outcomes import Outcomes
 from gateway.record import Record
 from gateway.shapes import Decisions
+from gateway.slots import Slot
 from gateway.soft_limits import SoftLimits
 from gateway.webhook import Webhook
 from router.utility import Statistics
@@ -83,7 +84,7 @@ class Gateway(FastAPI):
     Args:
         config: a validated configuration.
         log_stream: where the request lines go.
-        patience_s: how long the start may wait for backends before anybody can connect.
+        patience_s: how long the start may wait for store and backends before anybody can connect.
 
     Raises: ConfigError when a secret or credential is missing, or the store cannot be used.
     """
@@ -255,15 +256,16 @@ class Gateway(FastAPI):
                     task.cancel()
                 await self._close()
 
-    def has_backends(self) -> bool:
-        """Whether every model has a backend that is up."""
-        return all(any(slot.is_up for slot in model.slots) for model in self.serving.models.values())
+    def is_ready(self) -> bool:
+        """Whether the store was read and every model has a backend that is up."""
+        models = self.serving.models.values()
+        return self.stored.is_loaded and all(any(slot.is_up for slot in model.slots) for model in models)
 
     async def _meet_backends(self) -> None:
         """Before anybody connects, if whoever starts this wants so; some may be down for long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._patience_s):
-                while not self.has_backends():  # noqa: ASYNC110  # over all models: no single event says it
+                while not self.is_ready():  # noqa: ASYNC110  # over all models: no single event says it
                     await asyncio.sleep(MEET_S)
 
     async def _close(self) -> None:
@@ -279,14 +281,14 @@ class Gateway(FastAPI):
     def _watch_slots(self) -> None:
         """Keep a probing task for every slot in use; close the backends of slots that are gone."""
         assert self._tasks is not None
-        wanted = {id(slot): slot for model in self.serving.models.values() for slot in model.slots}
+        wanted = {id(slot): (slot, model) for model in self.serving.models.values() for slot in model.slots}
         for key in [key for key in self._slots if key not in wanted]:
             slot, task = self._slots.pop(key)
             task.cancel()
             self._tasks.create_task(_close_when_idle(slot))
-        for key, slot in wanted.items():
+        for key, (slot, model) in wanted.items():
             if key not in self._slots:
-                self._slots[key] = (slot, self._tasks.create_task(slot.keep_up()))
+                self._slots[key] = (slot, self._tasks.create_task(_keep(slot, model)))
 
     async def _sweep(self) -> None:
         while True:
@@ -295,6 +297,16 @@ class Gateway(FastAPI):
             for slot, _ in list(self._slots.values()):
                 if isinstance(slot.backend, HttpBackend):
                     slot.backend.pool.sweep()
+
+
+async def _keep(slot: Slot, model: Model) -> None:
+    """Keep a slot up, and hear what it says of its load."""
+    placing = model.placing
+    async with asyncio.TaskGroup() as both:
+        both.create_task(slot.keep_up())
+        if model.kind == "vllm":
+            most_waiting = model.admission.config.backend_waiting
+            both.create_task(slot.follow_load(placing.config.poll_s, most_waiting, lambda: placing.bytes_per_token))
 
 
 async def _close_when_idle(slot: Slot) -> None:

@@ -38,6 +38,7 @@ class Key:
         degrade: steps down the ladder that its requests may take, in order.
         lambda_per_usd: quality that it gives up for one US dollar, where the text decides.
         quality_floor: least expected quality of what it takes for that.
+        salt: keeps its tenant's prompts in backends' caches apart from others'; None: nobody is told from anybody.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Key:
     degrade: tuple[Step, ...] = ()
     lambda_per_usd: float = 0.0
     quality_floor: float = 0.0
+    salt: str | None = None
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
@@ -70,6 +72,7 @@ class Key:
             degrade=tuple(step for step in STEPS if step in traits.degrade),
             lambda_per_usd=traits.lambda_per_usd,
             quality_floor=traits.quality_floor,
+            salt=hashlib.blake2b(scopes[-1].encode(), digest_size=16).hexdigest(),  # of the widest owner
         )
 
 
@@ -102,8 +105,10 @@ class Keyring:
     def identify(self, authorization: bytes | None) -> Key:
         """The key of an `Authorization` header.
 
-        Raises: Unauthenticated; StoreUnavailable where the store, which may know the key, was never read yet.
+        Raises: Unauthenticated; StoreUnavailable where the store was never read yet: it may know the key, or limit it.
         """
+        if self._stored is not None and not self._stored.is_loaded:
+            raise StoreUnavailable("The store of keys and limits cannot be read yet: try again in a moment.")
         if self._may_be_open and self.is_open:
             return ANYONE
         if authorization is None:
@@ -120,8 +125,6 @@ class Keyring:
         found = self._by_digest.get(digest)
         if found is not None and hmac.compare_digest(found[0], digest):
             return found[1]
-        if self._stored is not None and not self._stored.is_loaded:
-            raise StoreUnavailable("The store, where this key may be, cannot be read yet: try again in a moment.")
         raise Unauthenticated("The API key is not known, was revoked, or has expired.")
 
 

@@ -232,18 +232,38 @@ class Metrics(Collector):
         yield CounterMetricFamily("thinkgate_debt_tokens", "Tokens used beyond their hold.", value=debt.tokens)
         yield CounterMetricFamily("thinkgate_debt_nano_usd", "Money used beyond its hold.", value=debt.nano_usd)
 
-    def _backends(self) -> Iterator[GaugeMetricFamily]:
+    def _backends(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         up = GaugeMetricFamily("thinkgate_backend_up", "1 if the backend is up.", labels=("model", "backend"))
         calls = GaugeMetricFamily("thinkgate_backend_calls", "Calls in flight.", labels=("model", "backend"))
         holds = GaugeMetricFamily(
             "thinkgate_backend_cap_binds", "1 if its own cap is trusted to bind.", labels=("model", "backend")
         )
+        breaker = GaugeMetricFamily(
+            "thinkgate_backend_breaker_open", "1 while its breaker lets nothing through.", labels=("model", "backend")
+        )
+        trusted = GaugeMetricFamily(
+            "thinkgate_prefix_trusted", "1 while its prefix index is trusted.", labels=("model", "backend")
+        )
+        prefix = CounterMetricFamily(
+            "thinkgate_prefix_tokens", "Prompt tokens, predicted and cached.", labels=("model", "backend", "what")
+        )
+        waits = GaugeMetricFamily("thinkgate_queue_calls", "Calls that wait for a backend.", labels=("model",))
+        waited = CounterMetricFamily("thinkgate_queue_seconds", "Time calls waited for a backend.", labels=("model",))
+        shed = CounterMetricFamily("thinkgate_queue_shed", "Calls refused: too many waited.", labels=("model",))
+        retried = CounterMetricFamily("thinkgate_retries", "Calls tried again elsewhere.", labels=("model",))
         for model in self._models().values():
+            retried.add_metric((model.name,), model.retried)
+            waits.add_metric((model.name,), len(model.admission))
+            waited.add_metric((model.name,), model.admission.waited_s)
+            shed.add_metric((model.name,), model.admission.shed)
             for slot in model.slots:
+                labels = (model.name, slot.config.id)
+                breaker.add_metric(labels, float(slot.breaker.state(slot.clock()) == "open"))
+                trusted.add_metric(labels, float(slot.standing.agreement.is_trusted))
+                for what, tokens in zip(("prompt", "predicted", "cached"), slot.standing.told, strict=True):
+                    prefix.add_metric((*labels, what), tokens)
                 up.add_metric((model.name, slot.config.id), float(slot.is_up))
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
                 binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)
                 holds.add_metric((model.name, slot.config.id), float(binds))
-        yield up
-        yield calls
-        yield holds
+        yield from (up, calls, holds, breaker, trusted, prefix, retried, waits, waited, shed)

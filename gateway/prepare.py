@@ -139,7 +139,7 @@ def decide(
         surface=surface,
         request_id=request_id,
         model=model.upstream,
-        fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode),
+        fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode, salt=_salt(key, config)),
         thinking=Thinking(
             enabled=is_thinking,
             cap=report.tokens,
@@ -163,6 +163,10 @@ def decide(
     )
     steps = degrade_steps(key, ask.degrade)
     return Prepared(ask, model, decision, call, report, ceiling, Enforcement(needs), slack, aside, stops, steps)
+
+
+def _salt(key: Key, config: Config) -> str | None:
+    return key.salt if config.routing.placement.isolate else None
 
 
 class _Bounded(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from budget.envelope import Envelope
 from budget.errors import HoldRefused, StoreUnreachable
-from gateway.backends.http import UpstreamUnreachable
+from gateway.attempts import Attempts
 from gateway.backends.http_backend import HttpBackend
 from gateway.degrade import Request, one_step_down
 from gateway.edge.aggregate import Aggregator
@@ -22,7 +22,8 @@ from gateway.edge.exchange import EVENT_STREAM, JSON
 from gateway.edge.extension import DecisionReport, Report, Spent, UsageReport, encode
 from gateway.edge.plain import PlainAnswer
 from gateway.edge.sse import ChunkEncoder
-from gateway.errors import BudgetStoreUnreachable, Headers, LimitExceeded
+from gateway.errors import BudgetStoreUnreachable, DeadlinePassed, Headers, LimitExceeded, Overloaded, UpstreamError
+from gateway.fallback import Fallbacks
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
 from gateway.modes.reasoning import reasoning
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from gateway.backends.port import Delta, Surface
     from gateway.edge.exchange import Exchange
     from gateway.edge.watch import Watched
-    from gateway.models import Slot
     from gateway.prepare import Prepared
     from gateway.record import Record
 
@@ -59,8 +59,10 @@ async def serve_completion(
     body = await exchange.body(state.config.server.max_body_bytes)
     prepared = state.decisions.prepare(body, surface, key, request_id=exchange.request_id, trace=exchange.trace)
     record.begin(prepared)
-    scopes = (*key.scopes, prepared.model.scope)
-    while True:  # once, but for a request that goes down the degrade ladder
+    request = Request(body, surface, key, state.models, state.config)
+    fallbacks = Fallbacks(request, prepared)
+    while True:  # once, but for a request that goes down the degrade ladder, or to another model
+        scopes = (*key.scopes, prepared.model.scope)
         hold, is_held = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode), False
         try:
             async with hold:
@@ -73,11 +75,14 @@ async def serve_completion(
         except (HoldRefused, StoreUnreachable) as exc:
             if is_held:  # it came up later: the answer may have begun, and begins no second time
                 raise
-            request = Request(body, surface, key, state.models, state.config)
-            lower = one_step_down(request, prepared, hold, exc) if isinstance(exc, HoldRefused) else None
+            lower = None
+            if isinstance(exc, HoldRefused):
+                lower = one_step_down(request, prepared, hold, exc) or fallbacks.instead()
             if lower is None:
                 raise refusal(exc, gateway.limit_headers(hold)) from exc
             prepared = lower
+        except (Overloaded, UpstreamError) as exc:
+            prepared = fallbacks.after(exc, has_started=exchange.has_started)
 
 
 def refusal(exc: HoldRefused | StoreUnreachable, limit_headers: Headers) -> LimitExceeded | BudgetStoreUnreachable:
@@ -133,6 +138,7 @@ class Answer:
             choices=prepared.choices,
             enforcer=prepared.enforcer,
             slack=prepared.slack,
+            tenant=key.salt or key.id,
         )
         self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
         if self._run.envelope.deadline_s is not None:
@@ -162,9 +168,10 @@ class Answer:
     async def _plain(self) -> None:
         """The non-streamed instant path: the backend's own JSON, completed."""
         run, prepared = self._run, self._prepared
-        body = await self._complete()
+        body, attempts = await self._complete()
         answer = PlainAnswer(body, run.slot.backend.markers)  # type: ignore[union-attr]  # _complete placed it
         answer.count(run.tally)
+        attempts.ended(run.tally.usage, run.tally.output())
         answer.require(prepared.choices)
         usage, extension = self._closing()
         if run.counts is not None and run.slot is not None and run.counts.output() > run.most_output:
@@ -178,22 +185,26 @@ class Answer:
         )
         await self._exchange.respond(200, [JSON, *self._headers()], rendered)
 
-    async def _complete(self) -> bytes:
-        tried: list[Slot] = []
+    async def _complete(self) -> tuple[bytes, Attempts]:
+        attempts = Attempts(self._prepared.model, self._prepared.call)
+        await attempts.admit(self._run.tenant, None)
         while True:
-            slot = self._run.slot = self._prepared.model.choose(without=tried)
+            slot = self._run.slot = attempts.next()
             with slot as backend:
                 waited_from = time.perf_counter()
                 try:
                     assert isinstance(backend, HttpBackend)
-                    return await backend.complete(self._prepared.call)
-                except UpstreamUnreachable as exc:
-                    slot.mark_down(exc.message)
-                    tried.append(slot)
+                    body = await backend.complete(self._prepared.call)
+                except (UpstreamError, DeadlinePassed) as exc:
+                    attempts.failed(slot, exc, has_begun=False)
                 except asyncio.CancelledError:
                     self._gateway.metrics.unreported.add(self._prepared.model.name)
                     raise
+                else:
+                    attempts.began(slot)
+                    return body, attempts
                 finally:
+                    attempts.leave()
                     self._exchange.wait_s += time.perf_counter() - waited_from
 
     async def _whole(self) -> None:

@@ -141,7 +141,7 @@ class Server(uvicorn.Server):
                     task.cancel()
 
     def _is_ready(self) -> bool:
-        return self.started and self._gateway.has_backends()
+        return self.started and self._gateway.is_ready()
 
     async def _tell_ready(self) -> None:
         # Ready is a condition over all models and may change with a reload: no single event says it.

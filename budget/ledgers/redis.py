@@ -13,7 +13,9 @@ is gone itself, or settled earlier than that. What others were granted in the ro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ from budget.ledgers.offline import SLICE_LEASE_S
 from budget.ledgers.redis_line import Line, Wire
 from budget.ledgers.store import Booking, Settlement
 
+log = logging.getLogger("thinkgate.ledger")
 REPLAY_S = 60.0
 AT_ONCE = 100  # holds of one script: longer ones would keep everybody else waiting
 KEPT_LIMITS = 10_000
@@ -242,6 +245,7 @@ class RedisStore:
         recent = [each for _, settlements in self._recent for each in settlements if each.was_taken]
         replies = await asyncio.gather(*(self._send_settlements(wire, some) for some in _by(AT_ONCE, recent)))
         await asyncio.gather(*self._send_unknown(wire, recent, _ids(replies)))
+        await _check_memory(wire)
 
     def _call(self, wire: Wire, script: str, given: Sequence[Any]) -> asyncio.Future[Any]:
         """Send a call behind the settlements that wait."""
@@ -273,6 +277,14 @@ class RedisStore:
                 self._limits.clear()
             packed = self._limits[booking.limits] = _packed_limits(booking.limits, [""] * len(booking.limits))
         return packed
+
+
+async def _check_memory(wire: Wire) -> None:
+    """Say that the server may throw budgets away when its memory is full, if it may."""
+    with contextlib.suppress(StoreUnreachable):  # it need not tell; a connection that broke is found by the next call
+        memory = await wire.send(pack(b"INFO", b"memory"))
+        if b"\nmaxmemory:0\r" not in memory and b"\nmaxmemory_policy:noeviction\r" not in memory:
+            log.error("the budget store may evict budgets: set its maxmemory-policy to noeviction")
 
 
 def pack(*words: bytes | str | int) -> bytes:

@@ -1,7 +1,7 @@
 """Records in memory: the reference for the others. They end with the process and belong to it alone.
 
 Owns: the dictionary, its versions and the times at which records end. Every operation is synchronous, so calls of
-one event loop never interleave. O(1) but for `scan` and `purge`, which are O(records).
+one event loop never interleave. O(1) but for `scan`, which is O(lasting records), and `purge`, which is O(the others).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class MemoryRecords:
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._records: dict[str, Record] = {}
-        self._ends_at: dict[str, float] = {}
+        self._lasting: dict[str, Record] = {}
+        self._ending: dict[str, tuple[Record, float]] = {}  # and when
         self._logs: dict[str, list[bytes]] = {}
         self._sequence = self._revision = 0
 
@@ -35,12 +35,13 @@ class MemoryRecords:
     ) -> int:
         """See the port. Raises: Conflict."""
         self._check(key, expect)
-        self._count(is_lasting=ttl_s is None or self._is_lasting(key))
-        self._records[key] = Record(bytes(value), self._sequence)
+        self._count(is_lasting=ttl_s is None or key in self._lasting)
+        self._drop(key)
+        record = Record(bytes(value), self._sequence)
         if ttl_s is None:
-            self._ends_at.pop(key, None)
+            self._lasting[key] = record
         else:
-            self._ends_at[key] = self._clock() + ttl_s
+            self._ending[key] = record, self._clock() + ttl_s
         self._note(note)
         return self._sequence
 
@@ -49,18 +50,15 @@ class MemoryRecords:
         self._check(key, expect)
         if self._present(key) is None:
             return False
-        self._count(is_lasting=self._is_lasting(key))
-        del self._records[key]
-        self._ends_at.pop(key, None)
+        self._count(is_lasting=key in self._lasting)
+        self._drop(key)
         self._note(note)
         return True
 
     async def scan(self, prefix: str, *, after: int = 0) -> list[tuple[str, Record]]:
         """See the port."""
         return sorted(
-            (key, record)
-            for key, record in self._records.items()
-            if key.startswith(prefix) and record.version > after and key not in self._ends_at
+            (key, record) for key, record in self._lasting.items() if key.startswith(prefix) and record.version > after
         )
 
     async def append(self, log: str, entry: bytes) -> int:
@@ -83,20 +81,21 @@ class MemoryRecords:
     async def purge(self) -> int:
         """See the port."""
         now = self._clock()
-        over = [key for key, ends_at in self._ends_at.items() if ends_at <= now]
+        over = [key for key, (_, ends_at) in self._ending.items() if ends_at <= now]
         for key in over:
-            del self._records[key], self._ends_at[key]
+            del self._ending[key]
         return len(over)
 
     async def close(self) -> None:
         """Nothing is open."""
 
     def _present(self, key: str) -> Record | None:
-        ends_at = self._ends_at.get(key)
-        return self._records.get(key) if ends_at is None or ends_at > self._clock() else None
+        record, ends_at = self._ending.get(key, (None, 0.0))
+        return self._lasting.get(key) if record is None else record if ends_at > self._clock() else None
 
-    def _is_lasting(self, key: str) -> bool:
-        return key in self._records and key not in self._ends_at
+    def _drop(self, key: str) -> None:
+        self._lasting.pop(key, None)
+        self._ending.pop(key, None)
 
     def _check(self, key: str, expect: int | None) -> None:
         record = self._present(key)

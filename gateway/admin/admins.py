@@ -141,6 +141,9 @@ class Actor:
         outside: set[str] = set()
         for scopes in keys:
             held = [path for path in self.paths if path.holds(scopes)]
+            if not held:  # of most keys
+                outside.update(scopes)
+                continue
             for scope in scopes:
                 rank = RANKS.get(scope.partition(":")[0], -1)
                 is_inside = any(scope == path.scope or rank > path.rank for path in held)

@@ -78,7 +78,7 @@ async def _run(
 ) -> int:
     records = open_records(config.store, clock=clock)
     try:
-        stored = Stored(records, clock=clock, hash_secret=key_hash_secret(config))
+        stored = Stored(records, clock=clock, hash_secret=key_hash_secret(config), must_match=True)
         await stored.refresh()
         keys = Keys(stored, lambda: config)
         if options.action == "list":

@@ -22,8 +22,8 @@ class KeptHasher(msgspec.Struct, frozen=True, kw_only=True):
     """How secrets in this store are hashed.
 
     Attributes:
-        id: `Hasher.id`.
-        secret: hex; None where it is known only to those that were started with it.
+        id: `Hasher.id` of what hashed last.
+        secret: hex, of one that was made here, for those that were started without one; None where there is none.
     """
 
     id: str

@@ -7,7 +7,8 @@ Does not own: reading the store (stored.py), permissions (admins.py), HTTP (api/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -88,15 +89,19 @@ class Keys:
 
         Returns: the entries, and whether there are more.
         """
-        file = {key.id: key for key in self._config().keys}
-        scopes = {id: known.key.scopes for id, known in self._stored.keys.items()}
-        scopes |= {id: Key.from_config(key).scopes for id, key in file.items()}
-        ids = sorted(id for id, of_key in scopes.items() if id > after and actor.sees(of_key))
-        entries = []
-        for id in ids[:limit]:
+        file, stored = {key.id: key for key in self._config().keys}, self._stored.keys
+        entries: list[KeyEntry] = []
+        shown = 0
+        # The store's ids are nearly in order, so that sorting them is little more than a look at each.
+        for id in sorted(id for id in (*stored, *(file.keys() - stored.keys())) if id > after):
+            if not actor.sees(Key.from_config(file[id]).scopes if id in file else stored[id].key.scopes):
+                continue
+            if shown == limit:
+                return entries, True
+            shown += 1
             entries += [_of_file(file[id])] if id in file else []
-            entries += [self._shown(self._stored.keys[id].kept, id in file)] if id in self._stored.keys else []
-        return entries, len(ids) > limit
+            entries += [self._shown(stored[id].kept, id in file)] if id in stored else []
+        return entries, False
 
     def entry(self, actor: Actor, id: str) -> KeyEntry:
         """One; the file's, where the store has the same. Raises: EntryNotFound, PermissionDenied."""
@@ -112,9 +117,9 @@ class Keys:
         stored = [known.key.scopes for known in self._stored.keys.values() if known.kept.revoked_at_s is None]
         return [*(Key.from_config(key).scopes for key in self._config().keys), *stored]
 
-    def ids(self) -> set[str]:
-        """Of all keys; `anyone` where there is none."""
-        return {key.id for key in self._config().keys} | self._stored.keys.keys() or {ANYONE.id}
+    def ids(self) -> Collection[str]:
+        """Of all keys; `anyone` where there is none. O(keys of the file)."""
+        return ChainMap[str, Any]({key.id: key for key in self._config().keys}, self._stored.keys) or {ANYONE.id}
 
     async def create(
         self, actor: Actor, id: str, traits: KeyTraits, *, expires_at: datetime | None = None
@@ -150,7 +155,7 @@ class Keys:
         return self._shown(kept), secret
 
     async def change(self, actor: Actor, id: str, changes: Mapping[str, Any]) -> KeyEntry:
-        """Set traits or `expires_at` of a key; null sets the default.
+        """Set traits or `expires_at` of a key; None unsets what may be unset.
 
         Raises: InvalidRequest, PermissionDenied, EntryNotFound, ConflictingChange, RecordsUnreachable.
         """

@@ -7,7 +7,7 @@ read-only there. Of two on the same scope, unit and window the tighter one count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -17,12 +17,12 @@ from budget.records.port import Note
 from gateway.admin.admins import Actor
 from gateway.admin.audit import audited
 from gateway.admin.kept import LIMITS, KeptLimit, moment
+from gateway.admin.stored import Stored, StoredLimit
 from gateway.config.budgets import LimitConfig
 from gateway.errors import ConflictingChange, EntryNotFound, InvalidRequest
 
 if TYPE_CHECKING:
     from gateway.admin.keys import Keys
-    from gateway.admin.stored import Stored
     from gateway.config.schema import Config
 
 Identity = tuple[str, str, str | None]
@@ -99,6 +99,11 @@ class Limits:
         """All that the actor may see, by scope; those on one scope only, if it is named."""
         file = {identity(limit): limit for limit in self._config().limits}
         stored = {identity(known.limit): known for known in self._stored.limits.values()}
+        realm = actor.realm(self._keys.owners()) if actor.role == "scope-admin" else None
+
+        def is_shown(id: Identity) -> bool:
+            return scope in {None, id[0]} and (realm is None or id[0] in realm)
+
         entries = [
             LimitEntry(
                 **limit.model_dump(),
@@ -106,15 +111,15 @@ class Limits:
                 is_counted=id not in stored or limit.amount <= stored[id].limit.amount,
             )
             for id, limit in file.items()
+            if is_shown(id)
         ]
         keys = self._keys.ids()
         entries += [
-            self._shown(known.kept, keys, is_counted=id not in file or known.limit.amount < file[id].amount)
+            self._shown(known, keys, is_counted=id not in file or known.limit.amount < file[id].amount)
             for id, known in stored.items()
+            if is_shown(id)
         ]
-        realm = actor.realm(self._keys.owners()) if actor.role == "scope-admin" else None
-        seen = (e for e in entries if (realm is None or e.scope in realm) and scope in {None, e.scope})
-        return sorted(seen, key=lambda e: (e.scope, e.unit, e.window or "", e.source))
+        return sorted(entries, key=lambda e: (e.scope, e.unit, e.window or "", e.source))
 
     async def put(self, actor: Actor, limit: LimitConfig) -> LimitEntry:
         """Set the store's limit on a scope, unit and window.
@@ -128,7 +133,7 @@ class Limits:
         said = limit.model_dump(mode="json", include=set(LimitConfig.model_fields))
         kept = KeptLimit(limit=said, changed_at_s=self._stored.clock(), changed_by=actor.id)
         await self._write(actor, "limit.put", identity(limit), kept)
-        return self._shown(kept, self._keys.ids(), is_counted=True)
+        return self._shown(StoredLimit(kept, limit), self._keys.ids(), is_counted=True)
 
     async def remove(self, actor: Actor, id: Identity) -> None:
         """Remove the store's limit, also one that stands beside the file's.
@@ -164,15 +169,15 @@ class Limits:
                 f"The limit of {_said(id)} stands in the configuration file: change it there.", param="scope"
             )
 
-    def _problems(self, limit: LimitConfig, keys: set[str]) -> list[tuple[str, str]]:
+    def _problems(self, limit: LimitConfig, keys: Collection[str]) -> list[tuple[str, str]]:
         """Why a limit cannot be held, as (field, text)."""
         kind, _, name = limit.scope.partition(":")
         if kind == "key" and name not in keys:
             return [("scope", f"there is no key {name!r}")]
         return [(field.lstrip(".") or "unit", text) for field, text in self._config().problems_of(limit, keys)]
 
-    def _shown(self, kept: KeptLimit, keys: set[str], *, is_counted: bool) -> LimitEntry:
-        limit = LimitConfig.model_validate(kept.limit)
+    def _shown(self, stored: StoredLimit, keys: Collection[str], *, is_counted: bool) -> LimitEntry:
+        kept, limit = stored
         return LimitEntry(
             **limit.model_dump(),
             source="store",

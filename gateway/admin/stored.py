@@ -98,6 +98,7 @@ class Stored:
         records: where it is kept.
         clock: seconds since 1970.
         hash_secret: keys the hash of secrets; None for one that is made once and kept in the store itself.
+        must_match: make no secret that is hashed otherwise than those that were made last.
         is_new: nothing can be in the records yet, so there is nothing to wait for.
         on_limits: called when limits have changed.
         on_read: called with whether reading the store succeeded.
@@ -114,6 +115,7 @@ class Stored:
         *,
         clock: Callable[[], float],
         hash_secret: str | None = None,
+        must_match: bool = False,
         is_new: bool = False,
         on_limits: Callable[[], None] = lambda: None,
         on_read: Callable[[bool], None] = lambda _: None,
@@ -125,13 +127,14 @@ class Stored:
         self.tokens: dict[str, KeptToken] = {}
         self.is_loaded = self.never_had_a_key = is_new
         self._hasher = None if hash_secret is None else Hasher(hash_secret.encode())
-        self._has_own_secret = hash_secret is not None
+        self._has_own_secret, self._must_match = hash_secret is not None, must_match
         self._on_limits, self._on_read = on_limits, on_read
         self._key_secrets: _Secrets[Key] = _Secrets()
         self._token_secrets: _Secrets[KeptToken] = _Secrets()
         self._known: dict[str, tuple[int, int]] = {}  # what an entry was read from, by its name
         self._revision = 0
-        self._is_away = self._had_a_key = self._is_hasher_noted = False
+        self._noted: str | None = None  # id of the hasher that hashed last
+        self._is_away = self._had_a_key = False
         self._are_limits_told = True
         self._reading = asyncio.Lock()
 
@@ -144,24 +147,33 @@ class Stored:
         return None if self._hasher is None else self._token_secrets.owner(self._hasher.digest(secret), self.clock)
 
     async def hasher(self) -> Hasher:
-        """What hashes new secrets; how is noted in the store, once.
+        """What hashes new secrets; which it is, is noted in the store.
 
         Raises: ConflictingChange where it is hashed there with what this process was not told, RecordsUnreachable.
         """
-        if self._hasher is None or not self._is_hasher_noted:
-            made = None if self._has_own_secret else secrets.token_hex(RANDOM_BYTES)
-            mine = self._hasher or Hasher(bytes.fromhex(made or ""))
-            with contextlib.suppress(Conflict):  # somebody was faster
-                await self.records.put(HASHER, encode(KeptHasher(id=mine.id, secret=made)), expect=0)
-            record = await self.records.get(HASHER)
-            assert record is not None, "nothing removes it"
-            self._know_hasher(decode(record.value, KeptHasher))
-        if self._hasher is None:
+        if self._hasher is None or self._noted != self._hasher.id:
+            await self._note_hasher()
+        if self._hasher is None or self._noted != self._hasher.id:
             raise ConflictingChange(
                 "Secrets in this store are hashed with one that this process was not started with: set the variable "
-                "that server.key_hash_env names to what it is where they were made."
+                "that server.key_hash_env names to what it is where they were made. If it was changed on purpose, make "
+                "or rotate a key with the admin API first."
             )
         return self._hasher
+
+    async def _note_hasher(self) -> None:
+        made = None if self._has_own_secret else secrets.token_hex(RANDOM_BYTES)
+        mine = self._hasher or Hasher(bytes.fromhex(made or ""))
+        with contextlib.suppress(Conflict):  # somebody was faster, or it was noted long ago
+            await self.records.put(HASHER, encode(KeptHasher(id=mine.id, secret=made)), expect=0)
+        record = await self.records.get(HASHER)
+        assert record is not None, "nothing removes it"
+        kept = decode(record.value, KeptHasher)
+        if self._hasher is not None and kept.id != self._hasher.id and not self._must_match:
+            kept = msgspec.structs.replace(kept, id=self._hasher.id)  # what was made there serves who knows no other
+            with contextlib.suppress(Conflict):
+                await self.records.put(HASHER, encode(kept), expect=record.version)
+        self._know_hasher(kept)
 
     def is_usable(self, secret: KeptSecret) -> bool:
         """Whether it was hashed as secrets are hashed now; else nothing matches it."""
@@ -282,19 +294,20 @@ class Stored:
         elif name.startswith(LIMITS):
             limit = decode(value, KeptLimit)
             if not limit.is_removed:
-                self.limits[name] = StoredLimit(limit, LimitConfig.model_validate(limit.limit))
+                # What a newer version says besides may only have narrowed it: without that it is too strict, not gone.
+                known = {field: said for field, said in limit.limit.items() if field in LimitConfig.model_fields}
+                self.limits[name] = StoredLimit(limit, LimitConfig.model_validate(known))
         elif name.startswith(TOKENS):
             self._know_token(decode(value, KeptToken))
         elif name == HASHER:
             self._know_hasher(decode(value, KeptHasher))
 
     def _know_hasher(self, kept: KeptHasher) -> None:
-        self._is_hasher_noted = True
-        if self._has_own_secret:
-            if self._hasher is not None and kept.id != self._hasher.id:
-                log.warning("secrets in the store were hashed with another hash secret", extra={"hashed_by": kept.id})
-        else:
+        self._noted = kept.id
+        if not self._has_own_secret:
             self._hasher = None if kept.secret is None else Hasher(bytes.fromhex(kept.secret))
+        if self._hasher is not None and kept.id != self._hasher.id:
+            log.warning("secrets in the store were hashed with another hash secret", extra={"hashed_by": kept.id})
 
     def _know_key(self, kept: KeptKey) -> None:
         traits = KeyTraits.model_validate(kept.traits)
@@ -312,7 +325,7 @@ class Stored:
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         if name == HASHER:
-            self._is_hasher_noted = False
+            self._noted = None
             self._hasher = self._hasher if self._has_own_secret else None
         elif name.startswith(KEYS):
             stored = self.keys.pop(name.removeprefix(KEYS), None)

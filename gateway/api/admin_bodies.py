@@ -54,7 +54,7 @@ Day = Annotated[dt.date, BeforeValidator(_day)]
 
 
 class KeyChange(KeyTraits):
-    """What a key becomes; what is not named stays, null sets the default."""
+    """What a key becomes; what is not named stays, null unsets what may be unset, [] empties a list."""
 
     max_thinking_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     expires_at: Moment | None = None
@@ -86,6 +86,7 @@ class LimitBody(LimitConfig):
     """A limit, as in the configuration file."""
 
     amount: Annotated[float, Field(gt=0, strict=True)]
+    soft: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
 
 class TokenCreate(Section):

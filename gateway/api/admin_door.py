@@ -7,7 +7,9 @@ Does not own: the routes (admin.py).
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from budget.errors import BudgetError
-from gateway.ask.complaint import invalid_model
+from gateway.ask.complaint import MAX_ECHO_CHARACTERS, invalid_model
 from gateway.ask.request import check_text
 from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest, RequestTooLarge, StoreUnavailable
 
@@ -94,14 +96,24 @@ async def _body(request: Request, patience_s: float) -> bytes:
 
 
 def _check_json(body: bytes) -> None:
-    """Raises: InvalidRequest for what Python's own decoder refuses, or takes though it is no JSON."""
+    """Raises: InvalidRequest for what Python's own decoder refuses, or takes though it is none or ambiguous."""
     if not body:
         return
     check_text(body)
     try:
         msgspec.json.decode(body)
+        json.loads(body, object_pairs_hook=_each_once)
     except (msgspec.DecodeError, RecursionError) as exc:
         raise InvalidRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Raises: InvalidRequest for a field that stands twice, of which the last would win."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:MAX_ECHO_CHARACTERS]
+        raise InvalidRequest(f"`{twice}` stands twice.", param=twice, code="invalid_json")
+    return fields
 
 
 def _as_json(request: Request, body: bytes) -> Request:

@@ -12,13 +12,13 @@ from budget.errors import HoldRefused, StoreUnreachable
 from budget.ledger import Amounts
 from budget.tokens import TokenCounts
 from gateway.ask.request import RawFields, parse_embedding
+from gateway.attempts import Attempts
 from gateway.backends.events import UsageBody
-from gateway.backends.http import UpstreamUnreachable
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import refuse_field
 from gateway.edge.exchange import JSON
 from gateway.edge.extension import EmbeddingReport, Spent, encode
-from gateway.errors import UpstreamError
+from gateway.errors import DeadlinePassed, UpstreamError
 from gateway.prepare import find_model
 from gateway.serve import refusal
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from gateway.edge.exchange import Exchange
     from gateway.edge.watch import Watched
     from gateway.errors import Headers
-    from gateway.models import Model, Slot
+    from gateway.models import Model
     from gateway.record import Record
+    from gateway.slots import Slot
 
 _fields_decoder = msgspec.json.Decoder(RawFields)
 _usage_decoder = msgspec.json.Decoder(UsageBody | None)
@@ -50,7 +51,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
     try:
         async with hold:
             record.is_offline = hold.is_offline
-            slot, answer = await _embed(model, raw, exchange)
+            slot, answer = await _embed(model, raw, exchange, key.salt or key.id)
             rendered = _account(answer, model, slot, hold, exchange, record)
             await exchange.respond(
                 200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered
@@ -59,21 +60,25 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 
-async def _embed(model: Model, raw: RawFields, exchange: Exchange) -> tuple[Slot, bytes]:
+async def _embed(model: Model, raw: RawFields, exchange: Exchange, tenant: str) -> tuple[Slot, bytes]:
     """The answer of the best backend that can be reached, and which it was."""
-    tried: list[Slot] = []
+    attempts = Attempts(model, None)
+    await attempts.admit(tenant, None)
     while True:
-        slot = model.choose(without=tried)
+        slot = attempts.next()
         with slot as backend:
             if not isinstance(backend, HttpBackend):
                 raise refuse_field("input", backend.kind, "it has no embedding model; use a vllm backend")
             waited_from = time.perf_counter()
             try:
-                return slot, await backend.embed(raw, exchange.trace)
-            except UpstreamUnreachable as exc:
-                slot.mark_down(exc.message)
-                tried.append(slot)
+                answer = await backend.embed(raw, exchange.trace)
+            except (UpstreamError, DeadlinePassed) as exc:
+                attempts.failed(slot, exc, has_begun=False)
+            else:
+                attempts.began(slot)
+                return slot, answer
             finally:
+                attempts.leave()
                 exchange.wait_s += time.perf_counter() - waited_from
 
 

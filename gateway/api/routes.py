@@ -18,7 +18,14 @@ from gateway.api.embeddings import serve_embedding
 from gateway.api.openapi import document
 from gateway.api.route import serve_feedback, serve_route
 from gateway.auth import check_model
-from gateway.errors import GatewayError, MethodNotAllowed, ModelNotFound, Overloaded, RouteNotFound
+from gateway.errors import (
+    GatewayError,
+    MethodNotAllowed,
+    ModelNotFound,
+    Overloaded,
+    RouteNotFound,
+    StoreUnavailable,
+)
 from gateway.serve import serve_completion
 
 if TYPE_CHECKING:
@@ -117,19 +124,18 @@ def _add_health(gateway: Gateway) -> None:
 
     @gateway.get("/health/ready")
     async def ready() -> Response:
-        """Some model has a backend that is up, and the server is not draining; `down` names the others."""
+        """The store was read, some model has a backend that is up, and no drain began; `down` names the others."""
         if gateway.is_draining:
             return error_response(Overloaded("The server is shutting down."))
-        up, down = [], {}
-        for model in gateway.serving.models.values():
-            if any(slot.is_up for slot in model.slots):
-                up.append(model.name)
-            else:
-                down[model.name] = "; ".join(slot.failure for slot in model.slots)
+        if not gateway.stored.is_loaded:
+            return error_response(StoreUnavailable("The store of keys and limits could not be read yet."))
+        models = gateway.serving.models.values()
+        up = sorted(model.name for model in models if any(slot.is_up for slot in model.slots))
+        down = {m.name: "; ".join(slot.failure for slot in m.slots) for m in models if m.name not in up}
         if not up:
             reasons = " ".join(f"{name}: {why}" for name, why in down.items())
             return error_response(Overloaded(f"No backend is up. {reasons}"))
-        return JSONResponse({"status": "ok", "models": sorted(up), "down": down})
+        return JSONResponse({"status": "ok", "models": up, "down": down})
 
     @gateway.get("/version")
     async def version() -> JSONResponse:

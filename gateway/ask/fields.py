@@ -57,8 +57,10 @@ NOT_ON_VLLM = {
 }
 
 
-def upstream_fields(raw: RawFields, switches: Switches, *, kind: str, mode: str) -> dict[str, Raw]:
-    """The fields that ride along to a backend of `kind`, template switches included.
+def upstream_fields(
+    raw: RawFields, switches: Switches, *, kind: str, mode: str, salt: str | None = None
+) -> dict[str, Raw]:
+    """The fields that ride along to a backend of `kind`, template switches and the tenant's salt included.
 
     Raises: InvalidRequest for a known field that such a backend cannot honour.
     """
@@ -73,6 +75,8 @@ def upstream_fields(raw: RawFields, switches: Switches, *, kind: str, mode: str)
         kwargs = switches.encoded(mode, raw.get("chat_template_kwargs"))
         if kwargs is not None:
             fields["chat_template_kwargs"] = kwargs
+    if salt is not None and kind == "vllm":
+        fields["cache_salt"] = Raw(b'"%b"' % salt.encode())
     return fields
 
 
@@ -161,7 +165,8 @@ def check_continued(messages: Raw | None, thinking: ThinkingConfig) -> None:
     Raises: InvalidRequest naming the message.
     """
     told = [] if messages is None else msgspec.json.decode(messages)
-    content = told[-1].get("content") if told else None
+    last = told[-1] if told else {}
+    content = last.get("content") if last.get("role") == "assistant" else None  # a user may well speak of markers
     parts = content if isinstance(content, list) else [{"text": content}]
     text = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
     if text.rfind(thinking.start) > text.rfind(thinking.end):

@@ -23,18 +23,20 @@ class MarkerSplitter:
     """One choice's text, cut into thinking and answer; the markers themselves become INJECTED pieces.
 
     Args:
-        start: opening marker; it is looked for only at the very beginning of the answer, after white space.
+        start: opening marker; it is looked for only at the very beginning of the answer, after white space, unless more
+            openings are announced: an answer may well speak of markers.
         end: closing marker.
         is_open: the prompt already opened the thinking.
     """
 
-    __slots__ = ("_end", "_held", "_may_open", "_start", "is_open")
+    __slots__ = ("_end", "_held", "_may_open", "_openings", "_start", "is_open")
 
     def __init__(self, start: str, end: str, *, is_open: bool = False) -> None:
         self._start = start
         self._end = end
         self._held = ""
         self._may_open = True
+        self._openings = 0
         self.is_open = is_open
 
     @property
@@ -42,8 +44,9 @@ class MarkerSplitter:
         """Whether some text is held back: it may be the beginning of a marker."""
         return bool(self._held)
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain by now."""
+    def feed(self, text: str, *, openings: int = 0) -> list[Piece]:
+        """The pieces that are certain by now; `openings` more opening markers are known to be in the text."""
+        self._openings += openings
         pieces: list[Piece] = []
         text = self._held + text
         self._held = ""
@@ -52,14 +55,18 @@ class MarkerSplitter:
                 text = self._inside(text, pieces)
             elif self._may_open:
                 text = self._before(text, pieces)
+            elif self._openings:
+                text = self._again(text, pieces)
             else:
                 pieces.append((Kind.ANSWER, text))
                 text = ""
         return pieces
 
-    def finish(self) -> list[Piece]:
-        """What was held back, once no more text comes."""
+    def finish(self, *, cut: bool = False) -> list[Piece]:
+        """What was held back, once no more text comes; where it was cut off not the half of a marker."""
         held, self._held = self._held, ""
+        if cut and self.is_open and len(held) > 1:
+            return []
         return [(Kind.THINKING if self.is_open else Kind.ANSWER, held)] if held else []
 
     def _inside(self, text: str, pieces: list[Piece]) -> str:
@@ -80,13 +87,28 @@ class MarkerSplitter:
         bare = text.lstrip()
         if bare.startswith(self._start):
             pieces.append((Kind.INJECTED, self._start))
-            self.is_open, self._may_open = True, False
+            self._open()
             return bare[len(self._start) :]
         if self._start.startswith(bare):  # white space only, or the beginning of the marker
             self._held = text
             return ""
         self._may_open = False
         return text
+
+    def _again(self, text: str, pieces: list[Piece]) -> str:
+        before, marker, after = text.partition(self._start)
+        keep = 0 if marker else held_back(text, self._start)
+        self._held = text[len(text) - keep :] if keep else ""
+        if before[: len(before) - keep]:
+            pieces.append((Kind.ANSWER, before[: len(before) - keep]))
+        if marker:
+            pieces.append((Kind.INJECTED, marker))
+            self._open()
+        return after
+
+    def _open(self) -> None:
+        self.is_open, self._may_open = True, False
+        self._openings = max(0, self._openings - 1)
 
 
 class AnswerFilter:

@@ -137,23 +137,29 @@ class _Prober:
         answer = await self.ask("POST", "/v1/completions", body)
         return answer.status == 200, isinstance(answer.choice().get("token_ids"), list)
 
-    async def continuing(self, markers: MarkerIds | None) -> Continuing:
-        """Whether choices can be continued from exact token ids, and what may have to be forced then."""
+    async def continuing(self, free: _Answer, markers: MarkerIds | None) -> Continuing:
+        """Whether choices can be continued from exact token ids, and what may have to be forced then.
+
+        Args:
+            free: a thinking answer, which may tell its prompt where nothing else does.
+            markers: ids of the thinking markers.
+        """
         thinking = self._backend.thinking
         prompt = await self.chat_tokens()
+        template_opens = await self.is_open(prompt or _list(free.body.get("prompt_token_ids")))
         if not prompt:
             self.detail["two_phase"] = "does not render chats as token ids (/tokenize)"
-            return Continuing()
+            return Continuing(template_opens=template_opens)
         ids_in, ids_out = await self.ids_in_and_out(prompt)
         if not (ids_in and ids_out):
             self.detail["two_phase"] = "takes no token ids" if not ids_in else "returns no token ids"
-            return Continuing(ids_in=ids_in)
+            return Continuing(ids_in=ids_in, template_opens=template_opens)
         after = "" if thinking.native else "\n\n"
         texts = (f"{thinking.start}\n", thinking.end, after, thinking.wrap_up, WAIT)
         ids = [tuple(await self.tokens(prompt=text, add_special_tokens=False) or ()) if text else () for text in texts]
         if not ids[0] or not ids[1]:
             self.detail["two_phase"] = "does not tokenise the thinking markers"
-            return Continuing(ids_in=ids_in)
+            return Continuing(ids_in=ids_in, template_opens=template_opens)
         with_tools = await self.chat_tokens(tools=[TOOL])
         opener = tuple(await self.tokens(prompt=OPENING, add_special_tokens=False) or ())
         return Continuing(
@@ -167,7 +173,7 @@ class _Prober:
                 start_id=None if markers is None else markers.start,
                 end_id=None if markers is None else markers.end,
             ),
-            template_opens=await self.is_open(prompt),
+            template_opens=template_opens,
             tool_format=tool_format_of(await self.text(with_tools)) if with_tools else None,
             tool_opener=opener[0] if len(opener) == 1 else None,
             tool_opener_ids=opener if len(opener) > 1 else (),
@@ -222,7 +228,8 @@ class _Prober:
 
     async def is_open(self, prompt: list[int]) -> bool:
         """Whether a rendered prompt ends inside the thinking."""
-        return (await self.text(prompt[-12:])).rstrip().endswith(self._backend.thinking.start.rstrip())
+        said = await self.text(prompt[-12:]) if prompt else ""
+        return said.rstrip().endswith(self._backend.thinking.start.rstrip())
 
     async def chat(self, **more: object) -> _Answer:
         """A short thinking call."""
@@ -270,7 +277,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
         else:
             prober.detail["cap"] = "an OpenAI-compatible server gives nothing to measure it by"
         quiet = await prober.is_quiet(markers)
-        continuing = await prober.continuing(markers) if is_vllm else Continuing()
+        continuing = await prober.continuing(free, markers) if is_vllm else Continuing()
         field = _thinking_field(free, backend)
         if field is None and free.message().get("content") and continuing.template_opens:
             # It thought on to the limit, so no marker shows that this content is thinking.

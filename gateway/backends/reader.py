@@ -27,10 +27,11 @@ from gateway.backends.events import (
     prompt_ids,
     with_legal_finish,
 )
+from gateway.backends.guesses import at_least, count_inline, part_of
 from gateway.backends.markers import MarkerSplitter, Piece
-from gateway.backends.mixed import cut
 from gateway.backends.port import Call, Delta, Kind, Usage
 from gateway.backends.shape import Shape, learn
+from gateway.backends.stretches import Stretch, by_counts, by_ids, cut, with_texts
 
 _decode_text = msgspec.json.Decoder(str).decode
 
@@ -155,15 +156,10 @@ class StreamReader:
         was_open = state.meter is not None and state.meter.is_open
         capped_before = state.meter is not None and state.meter.capped
         split = self._count(state, choice, thinking_text, answer_text)
-        meter = state.meter
-        if thinking_text and not answer_text and meter is not None and not meter.is_open and not meter.has_closed:
-            meter.believe(split)  # no marker was ever seen: then the field it came in says what it is
         if choice.token_ids and not self._call.wants_token_ids:
             wire = cut_token_ids(wire)
         delta = Delta(
             index=choice.index,
-            kind=Kind.THINKING if thinking_text else Kind.ANSWER,
-            text=thinking_text or answer_text,
             thinking=split.thinking,
             answer=split.answer,
             injected=split.injected,
@@ -178,15 +174,45 @@ class StreamReader:
         if choice.finish_reason is not None and choice.finish_reason not in FINISH_REASONS:
             delta.finish_reason, delta.stop_reason = "stop", choice.finish_reason
             delta.wire = with_legal_finish(wire)
-        if state.splitter is not None and choice.delta is not None:
-            self._split_inline(chunk, state, state.splitter, delta, body.role, out)
-        elif thinking_text and (answer_text or body.tool_calls is not None):
-            for part in cut(delta, thinking_text, answer_text, self._markers, was_open=was_open):
-                part.wire = self._rebuild(chunk, part, _fields(None, self._field(part.kind), part.text))
-                out.append(part)
+        pieces = [piece for piece in ((Kind.THINKING, thinking_text), (Kind.ANSWER, answer_text)) if piece[1]]
+        is_inline = state.splitter is not None and choice.delta is not None
+        if is_inline:
+            pieces = self._inline_pieces(state, delta, thinking_text or answer_text)
+        found = self._stretches(state, delta, pieces, was_open=was_open)
+        if len(found) > 1:
+            self._cut(chunk, delta, found, body.role, out)
+            return
+        _say(delta, pieces, is_open=is_inline and state.splitter is not None and state.splitter.is_open)
+        self._show(chunk, delta, body.role)
+        if not is_inline:
+            self._settle_kind(chunk, delta, split, was_open=was_open, role=body.role)
+        out.append(delta)
+
+    def _stretches(self, state: _Choice, delta: Delta, pieces: list[Piece], *, was_open: bool) -> list[Stretch]:
+        """Where thinking and answer meet in an event; one stretch, or none, where they do not."""
+        ids, calls = delta.token_ids, delta.tool_calls is not None
+        if len(ids) < 2 and len(pieces) + calls < 2:  # one more token, as almost always
+            return []
+        if state.meter is not None and self._markers is not None and ids:
+            found = by_ids(ids, self._markers, is_open=was_open)
         else:
-            self._settle_kind(chunk, delta, split, was_open, role=body.role)
-            out.append(delta)
+            found = by_counts(delta)
+        return with_texts(found, pieces, calls=calls)
+
+    def _cut(self, chunk: ChunkBody, delta: Delta, found: list[Stretch], role: str | None, out: list[Delta]) -> None:
+        """Append one delta for each stretch of an event; the first that shows says the role."""
+        for part in cut(delta, found):
+            self._show(chunk, part, role)
+            role = None if part.wire else role
+            out.append(part)
+
+    def _show(self, chunk: ChunkBody, delta: Delta, role: str | None) -> None:
+        """The wire of what has none of its own, if there is anything in it to see."""
+        is_empty = not delta.text and delta.finish_reason is None and delta.tool_calls is None
+        if is_empty and delta.logprobs is None and role is None:
+            delta.wire = b""
+        elif not delta.wire and self._call.surface == "chat":
+            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
 
     def _texts(self, body: DeltaBody) -> tuple[str, str]:
         """Thinking and answer as the backend's fields have them."""
@@ -213,64 +239,39 @@ class StreamReader:
         out.append(Delta(choice.index, kind, text, thinking, answer, 0, ids, choice.logprobs, wire=wire))
         return True
 
-    def _settle_kind(self, chunk: ChunkBody, delta: Delta, split: Split, was_open: bool, role: str | None) -> None:
-        """Silence empty events; move text that a parser put into the wrong field, going by its tokens."""
-        is_empty = not delta.text and delta.finish_reason is None and delta.tool_calls is None
-        if is_empty and delta.logprobs is None and role is None:
-            delta.wire = b""
-            return
-        if not delta.wire and self._call.surface == "chat":
-            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
+    def _settle_kind(self, chunk: ChunkBody, delta: Delta, split: Split, *, was_open: bool, role: str | None) -> None:
+        """Move text that a parser put into the wrong field, going by its tokens."""
         if not delta.text or split.injected or not delta.token_ids:
             return
         if delta.kind is Kind.THINKING and split.answer and not split.thinking and not was_open:
             delta.kind = Kind.ANSWER
-            delta.wire = self._rebuild(chunk, delta, _fields(role, "content", delta.text))
         elif delta.kind is Kind.ANSWER and split.thinking and not split.answer and self._call.surface == "chat":
             delta.kind = Kind.THINKING
-            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
+        else:
+            return
+        delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
 
-    def _split_inline(
-        self,
-        chunk: ChunkBody,
-        state: _Choice,
-        splitter: MarkerSplitter,
-        delta: Delta,
-        role: str | None,
-        out: list[Delta],
-    ) -> None:
-        """Cut one delta's content at markers; counts, logprobs and the finish stay with the last piece."""
-        had_text = bool(delta.text)
-        pieces = splitter.feed(delta.text)
+    def _inline_pieces(self, state: _Choice, delta: Delta, text: str) -> list[Piece]:
+        """An event's content cut at markers; where ids tell of no marker, its tokens are sorted by that."""
+        splitter, markers = state.splitter, self._markers
+        assert splitter is not None
+        pieces = splitter.feed(text, openings=0 if markers is None else delta.token_ids.count(markers.start))
         if delta.finish_reason is not None:
             pieces += splitter.finish()
         if state.meter is None:
-            _count_inline(state, splitter, delta, pieces)
-        thought, said = (
-            "".join(text for kind, text in pieces if kind is wanted) for wanted in (Kind.THINKING, Kind.ANSWER)
-        )
-        if thought and (said or delta.tool_calls is not None):  # what a splitter finds is thinking, and then the answer
-            first, delta = cut(delta, thought, said, self._markers, was_open=True)
-            first.wire = self._rebuild(chunk, first, _fields(role, self._field(first.kind), first.text))
-            role = None
-            out.append(first)
-        else:
-            kind = Kind.THINKING if thought else Kind.ANSWER if said else Kind.INJECTED
-            delta.kind, delta.text = kind, thought or said
-        if delta.text or delta.finish_reason is not None or delta.tool_calls is not None:
-            delta.wire = self._rebuild(chunk, delta, _fields(role, self._field(delta.kind), delta.text))
-        elif had_text or (delta.logprobs is None and role is None):
-            delta.wire = b""
-        out.append(delta)
+            state.pending = count_inline(delta, pieces, splitter, state.pending)
+        if text or delta.finish_reason is not None or delta.tool_calls is not None:
+            delta.wire = b""  # the markers are not shown
+        return pieces
 
     def _count(self, state: _Choice, choice: ChoiceBody, thinking_text: str, answer_text: str) -> Split:
         if choice.token_ids:
             if state.meter is not None:
-                return state.meter.feed(choice.token_ids)
+                return _by_ids(state.meter, choice.token_ids, is_thought=bool(thinking_text) and not answer_text)
             count = len(choice.token_ids)
-            return Split(thinking=count) if thinking_text else Split(answer=count)
-        is_bare = choice.token_ids is not None or not (thinking_text or answer_text)
-        if is_bare and self._expects_ids and self._prompt_tokens:
+            thought = part_of(count, thinking_text, answer_text)
+            return Split(thinking=thought, answer=count - thought)
+        if not (thinking_text or answer_text) and self._expects_ids and self._prompt_tokens:
             return Split()
         has_answer = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
         if state.splitter is not None:  # it may hold some of the text back: one event, until it is sorted
@@ -310,43 +311,23 @@ class StreamReader:
         return build_chunk(chunk.id, chunk.created, self._call.model, delta, fields, ids=self._call.wants_token_ids)
 
 
-def _count_inline(state: _Choice, splitter: MarkerSplitter, delta: Delta, pieces: list[Piece]) -> None:
-    """Sort a delta's tokens by the text that is certain by now; without marker ids there is nothing better."""
-    count = state.pending + delta.thinking + delta.answer + delta.injected
-    state.pending = 0
-    if not pieces and splitter.is_holding:
-        state.pending, count = count, 0
-    size = sum(len(text) for _, text in pieces)
-    if size and not delta.token_ids:
-        _count_words(delta, pieces, count)
-        return
-    if size:
-        thought = sum(len(text) for kind, text in pieces if kind is Kind.THINKING)
-        forced = sum(len(text) for kind, text in pieces if kind is Kind.INJECTED)
-        delta.thinking = -(-count * thought // size)
-        delta.injected = min(count - delta.thinking, (2 * count * forced + size) // (2 * size))
-    else:
-        delta.thinking, delta.injected = (count if splitter.is_open else 0), 0
-    delta.answer = count - delta.thinking - delta.injected
+def _by_ids(meter: ThinkingMeter, ids: list[int], *, is_thought: bool) -> Split:
+    """Tokens sorted by marker ids; where none was ever seen, the field they came in says what they are."""
+    split = meter.feed(ids)
+    if is_thought and not meter.is_open and not meter.has_closed:
+        meter.believe(split)
+    return split
 
 
-def _count_words(delta: Delta, pieces: list[Piece], events: int) -> None:
-    """Sort what nothing but events and words tell: at least a token for each of either."""
-    delta.thinking = sum(at_least(text) for kind, text in pieces if kind is Kind.THINKING)
-    delta.answer = sum(at_least(text) for kind, text in pieces if kind is Kind.ANSWER)
-    delta.injected = 0
-    rest = max(0, events - delta.thinking - delta.answer)
-    if any(kind is Kind.INJECTED for kind, _ in pieces):
-        delta.injected = rest
-    elif delta.thinking:
-        delta.thinking += rest
-    else:
-        delta.answer += rest
-
-
-def at_least(text: str) -> int:
-    """How many tokens a text is made of, where nothing says so: no token writes two words."""
-    return max(1, len(text.split())) if text else 0
+def _say(delta: Delta, pieces: list[Piece], *, is_open: bool) -> None:
+    """Kind and text of a delta of one kind; half a character has no text, and is to be hidden like all thoughts."""
+    said = [piece for piece in pieces if piece[0] is not Kind.INJECTED]
+    if said:
+        delta.kind, delta.text = said[0][0], "".join(text for _, text in said)
+    elif delta.thinking or (is_open and not pieces and delta.tool_calls is None):
+        delta.kind = Kind.THINKING
+    elif pieces:
+        delta.kind = Kind.INJECTED
 
 
 def _fields(role: str | None, field: str, text: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NAME = r"[^\s\x00-\x1f\x7f]+"  # of an owner, a tag or a key, as limits write it: without white space
+Owner = Annotated[str, Field(pattern=f"^{NAME}$", max_length=256)]
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

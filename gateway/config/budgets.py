@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from gateway.config.base import Section
+from gateway.config.base import NAME, Section
 
 SMALLEST_USD = 1e-9
-MOST = 2**53  # of a limit, in tokens or nano-USD: up to there every store counts exactly
-SCOPE = re.compile(r"(org|team|user|key|model|tag):\S+")
+MOST = 2**53 - 1  # of a limit, in tokens or nano-USD: up to there every store counts exactly, and no number is rounded
+SCOPE = re.compile(rf"(org|team|user|key|model|tag):{NAME}")
 STORE_KEYS: dict[str, tuple[str, ...]] = {
     "memory": (),
     "sqlite": ("path", "synchronous", "lease_s", "timeout_s"),
@@ -30,25 +30,43 @@ class LimitConfig(Section):
     scope: str
     unit: Literal["tokens", "thinking_tokens", "usd", "requests", "concurrency"]
     amount: float = Field(gt=0)
-    window: Literal["second", "minute", "hour", "day", "month", "total"] | None = None
+    window: Literal["second", "minute", "hour", "day", "month", "total"] | None = Field(None, validate_default=True)
     soft: float | None = Field(None, gt=0, lt=1)
 
-    @model_validator(mode="after")
-    def _window_fits_unit(self) -> Self:
-        if not SCOPE.fullmatch(self.scope):
-            raise ValueError("scope must be org:, team:, user:, key:, model: or tag: and a name")
-        if (self.unit == "concurrency") != (self.window is None):
-            raise ValueError("concurrency has no `window`; every other unit needs one")
-        if self.soft is not None and self.window in {None, "second", "minute"}:
-            raise ValueError("`soft` is for windows of an hour and longer: what is gone in a minute warns nobody")
-        if self.unit != "usd" and self.amount != int(self.amount):
-            raise ValueError(f"amount of {self.unit} must be a whole number, got {self.amount:g}")
-        if self.unit == "usd" and self.amount < SMALLEST_USD:
-            raise ValueError(f"amount of usd must be at least {SMALLEST_USD} (one nano-dollar), got {self.amount:g}")
-        most = MOST // 10**9 if self.unit == "usd" else MOST
-        if self.amount > most:
-            raise ValueError(f"amount of {self.unit} must be at most {most}, got {self.amount:g}")
-        return self
+    # Fields are checked in their order, so that an error names the field; what was wrong itself is not in `info.data`.
+    @field_validator("scope")
+    @classmethod
+    def _scope_names_somebody(cls, scope: str) -> str:
+        if not SCOPE.fullmatch(scope):
+            raise ValueError("must be org:, team:, user:, key:, model: or tag: and a name")
+        return scope
+
+    @field_validator("amount")
+    @classmethod
+    def _amount_can_be_counted(cls, amount: float, info: ValidationInfo) -> float:
+        unit = info.data.get("unit")
+        if unit != "usd" and amount != int(amount):
+            raise ValueError(f"must be a whole number of {unit}")
+        if unit == "usd" and amount < SMALLEST_USD:
+            raise ValueError(f"must be at least {SMALLEST_USD} (one nano-dollar)")
+        most = MOST // 10**9 if unit == "usd" else MOST
+        if amount > most:
+            raise ValueError(f"must be at most {most} in {unit}")
+        return amount
+
+    @field_validator("window")
+    @classmethod
+    def _window_fits_unit(cls, window: str | None, info: ValidationInfo) -> str | None:
+        if "unit" in info.data and (info.data["unit"] == "concurrency") != (window is None):
+            raise ValueError("concurrency has none; every other unit needs one")
+        return window
+
+    @field_validator("soft")
+    @classmethod
+    def _soft_warns_somebody(cls, soft: float | None, info: ValidationInfo) -> float | None:
+        if soft is not None and info.data.get("window") in {None, "second", "minute"}:
+            raise ValueError("is for windows of an hour and longer: what is gone in a minute warns nobody")
+        return soft
 
 
 class StoreConfig(Section):

@@ -1,4 +1,4 @@
-"""`routing`: which mode a request gets that names none.
+"""`routing`: which mode a request gets that names none, and which backend serves it.
 
 Owns: its keys, their defaults and what a wrong value should have been.
 """
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gateway.config.base import PositiveInt, Section
+from gateway.config.placing import PlacementConfig, QueueConfig, RetriesConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[float, Field(gt=0)]
@@ -32,7 +33,7 @@ class Priors(Section):
 
 
 class Routing(Section):
-    """Which mode a request gets that names none."""
+    """Which mode a request gets that names none, and which backend serves it."""
 
     default_mode: Literal["auto", "instant", "reasoning"] = "auto"
     on_uncertain: Literal["instant", "reasoning"] = "reasoning"
@@ -41,3 +42,6 @@ class Routing(Section):
     explore: bool = False
     busy_at: PositiveInt = 32
     priors: Priors = Priors()
+    placement: PlacementConfig = PlacementConfig()
+    retries: RetriesConfig = RetriesConfig()
+    queue: QueueConfig = QueueConfig()

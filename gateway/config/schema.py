@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from gateway.config.alerts import AlertsConfig
-from gateway.config.base import NonNegativeInt, PositiveInt, Section, Variable
+from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
 from gateway.config.routing import Routing
 
@@ -67,6 +67,7 @@ class BackendConfig(Section):
     kind: Literal["vllm", "openai", "embedded"] = "vllm"
     api_key_env: Variable | None = None
     weight: float = Field(1, gt=0)
+    cost: float = Field(1, ge=0)
 
     @field_validator("url")
     @classmethod
@@ -190,14 +191,14 @@ class ModelConfig(Section):
 class KeyTraits(Section):
     """Whose a key is and what it may ask for, wherever it is kept."""
 
-    user: str | None = None
-    team: str | None = None
-    org: str | None = None
+    user: Owner | None = None
+    team: Owner | None = None
+    org: Owner | None = None
     models: tuple[str, ...] | None = None
     modes: tuple[Mode, ...] | None = None
     max_thinking_tokens: NonNegativeInt | None = None
     degrade: tuple[Literal["cap", "effort", "instant", "model"], ...] = ()
-    tags: tuple[str, ...] = ()
+    tags: tuple[Owner, ...] = ()
     reasoning_field: Literal["upstream", "both"] = "upstream"
     lambda_per_usd: float = Field(0, ge=0, allow_inf_nan=False)
     quality_floor: float = Field(0, ge=0, le=1)
@@ -326,7 +327,9 @@ class Config(Section):
         """Keys that validate but have no effect in this version; said at the start and by `check`."""
         inert = []
         for name, model in self.models.items():
-            inert += [f"models.{name}.{key}" for key in ("planner", "fallback", "architecture") if getattr(model, key)]
+            inert += [f"models.{name}.{key}" for key in ("planner", "architecture") if getattr(model, key)]
+            unknown = [other for other in model.fallback if other not in self.models]
+            inert += [f"models.{name}.fallback ({other} is not under models)" for other in unknown]
         inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}

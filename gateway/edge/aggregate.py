@@ -53,6 +53,7 @@ class Aggregator:
         self._both = both_fields
         self._ids = wants_token_ids
         self._choices: dict[int, _Choice] = {}
+        self._thinking_field = "reasoning"
 
     def add(self, deltas: Sequence[Delta]) -> None:
         """Take the next deltas."""
@@ -65,10 +66,12 @@ class Aggregator:
             if self._ids and delta.prompt_token_ids is not None:
                 choice.prompt_token_ids = delta.prompt_token_ids
             # With hidden text go its ids and logprobs, which spell it.
-            if not (self._exclude and delta.kind is Kind.THINKING and delta.text):
+            if not (self._exclude and delta.kind is Kind.THINKING):
                 self._take(choice, delta)
 
     def _take(self, choice: _Choice, delta: Delta) -> None:
+        if delta.kind is Kind.THINKING and b'"reasoning_content":' in delta.wire:
+            self._thinking_field = "reasoning_content"
         if delta.text:
             (choice.thinking if delta.kind is Kind.THINKING else choice.answer).append(delta.text)
         if delta.tool_calls is not None:
@@ -103,9 +106,8 @@ class Aggregator:
         }
         thinking = "" if self._exclude else "".join(choice.thinking)
         if thinking:
-            message["reasoning"] = thinking
-            if self._both:
-                message["reasoning_content"] = thinking
+            names = ("reasoning", "reasoning_content") if self._both else (self._thinking_field,)
+            message.update(dict.fromkeys(names, thinking))
         if choice.tool_calls:
             message["tool_calls"] = [call for _, call in sorted(choice.tool_calls.items())]
         return self._with_end({"index": index, "message": message, "logprobs": choice.logprobs or None}, choice)

@@ -14,7 +14,8 @@ from msgspec import Raw, Struct
 
 from budget.cap import ThinkingMeter
 from gateway.backends.events import UsageBody, cut_prompt_ids, cut_token_ids
-from gateway.backends.reader import at_least, read_usage
+from gateway.backends.guesses import at_least
+from gateway.backends.reader import read_usage
 from gateway.errors import UpstreamError
 
 if TYPE_CHECKING:

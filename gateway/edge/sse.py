@@ -129,7 +129,7 @@ class ChunkEncoder:
                 self._wire_seen = True
                 identity = _identity_decoder.decode(wire)
                 self._id, self._created = identity.id or self._id, identity.created or self._created
-            if delta.kind is Kind.THINKING and delta.text and (self._exclude or self._both):
+            if delta.kind is Kind.THINKING and (self._exclude or (self._both and delta.text)):
                 return self._build(delta)
             return wire.replace(self._old_name, self._new_name, 1) if self._old_name else wire
         is_empty = not (delta.text or delta.finish_reason or delta.tool_calls is not None or delta.logprobs is not None)
@@ -139,8 +139,10 @@ class ChunkEncoder:
 
     def _build(self, delta: Delta) -> bytes:
         is_thinking, text = delta.kind is Kind.THINKING, delta.text
+        # Where the backend gives the role itself, it may come with a thought.
+        has_role = delta.index not in self._seen and (not self._wire_seen or b'"role":' in delta.wire)
         if is_thinking and self._exclude:
-            if delta.finish_reason is None:
+            if delta.finish_reason is None and not (has_role and delta.wire):
                 return b""
             # With the text go its ids and logprobs, which spell it.
             text = ""
@@ -148,7 +150,7 @@ class ChunkEncoder:
         if self._surface == "completions":
             return self._build_completion(delta, text)
         fields: dict[str, Any] = {}
-        if delta.index not in self._seen and not self._wire_seen:
+        if has_role:
             self._seen.add(delta.index)
             fields["role"] = "assistant"
         if text:

@@ -209,7 +209,7 @@ class Chains:
             return step
         pieces = choice.splitter.feed(delta.text)
         if finish is not None:
-            pieces += choice.splitter.finish()
+            pieces += choice.splitter.finish(cut=finish == "length")
         is_closed = any(kind is Kind.INJECTED for kind, _ in pieces)
         delta.text = "".join(text for kind, text in pieces if kind is Kind.THINKING)
         if not is_closed and choice.splitter.is_holding:

@@ -8,15 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gateway.backends.port import Capabilities
+from gateway.backends.segments import tool_plan
 from gateway.enforcement import Needs, enforcement, instant_enforcement
+from gateway.errors import InvalidRequest
 from gateway.modes.chains import Chains
 from gateway.modes.choice import TakeOver
 from gateway.modes.guard import Guard
 from gateway.modes.soft import soft_answers, with_effort
 
 if TYPE_CHECKING:
-    from gateway.models import Slot
+    from gateway.backends.port import Call
     from gateway.modes.flow import Batches, Run
+    from gateway.slots import Slot
 
 # Fields by which a client can make an honest backend think where it should not: what happens then proves nothing.
 TAMPERING = frozenset(
@@ -57,11 +60,18 @@ class Enforcement:
         if run.enforced.how == "soft":
             run.guard = Guard(run.tally, run.finished, run.choices, keeps_text=True)
             return slot.backend.generate(with_effort(run, found))
-        keeps_ids = found.forcing is not None and self._needs.is_chat and not self._needs.has_media
-        if keeps_ids and call.thinking.cap is not None:
-            opener = found.tool_opener if self._needs.has_tools and found.tool_format is not None else None
-            run.guard = Guard(run.tally, run.finished, run.choices, keeps_ids=True, opener=opener)
+        if call.thinking.cap is not None and self._needs.is_chat:
+            run.guard = self._guard(run, found)
         return slot.backend.generate(call, run.express())
+
+    def _guard(self, run: Run, found: Capabilities) -> Guard | None:
+        """What remembers how to go on where thinking ends badly: by ids, else by the text of the thinking."""
+        if found.forcing is not None and not self._needs.has_media and _can_chain(run.call, found):
+            opener = found.tool_opener if self._needs.has_tools and found.tool_format is not None else None
+            return Guard(run.tally, run.finished, run.choices, keeps_ids=True, opener=opener)
+        if run.enforced.how == "native" and run.call.thinking.enabled:
+            return Guard(run.tally, run.finished, run.choices, keeps_text=True)
+        return None
 
     def take_over(self, run: Run, slot: Slot) -> Batches:
         """The lost choices, continued within the cap from what the client has seen of them."""
@@ -76,13 +86,23 @@ class Enforcement:
         if is_lie:
             run.tally.capped, run.enforced.ended_by = True, "cap"
         run.tally.most_thinking = max(run.tally.thinking_by_choice.values(), default=0)
-        if run.enforced.how == "soft":
+        if is_lie and run.enforced.how != "soft" and TAMPERING.isdisjoint(run.call.fields):
+            slot.distrust(instant=not run.call.thinking.enabled)
+        if guard.keeps_text:
+            run.enforced.how = "soft"
             thoughts = {index: "".join(guard.thoughts.get(index, ())) for index in lost}
             return soft_answers(run, slot.backend, found, thoughts, thinking)
-        if is_lie and TAMPERING.isdisjoint(run.call.fields):
-            slot.distrust(instant=not run.call.thinking.enabled)
         run.enforced.how = "two_phase"
         kept = [
             TakeOver(index, guard.ids.get(index, []), index in guard.calls, guard.ends.get(index)) for index in lost
         ]
         return Chains(run, slot.backend, found).deltas(kept)
+
+
+def _can_chain(call: Call, found: Capabilities) -> bool:
+    """Whether two-phase enforcement serves a call: what it cannot serve shows before the backend has thought for it."""
+    try:
+        tool_plan(call, found.tool_format)
+    except InvalidRequest:
+        return False
+    return True

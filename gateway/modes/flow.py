@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from budget.errors import EnvelopeSpent
-from gateway.backends.http import UpstreamUnreachable
+from gateway.attempts import Attempts
 from gateway.backends.port import Delta
 from gateway.errors import DeadlinePassed, UpstreamError
 from gateway.modes.guard import Guard
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from budget.ledger import Amounts, Hold
     from budget.tokens import TokenCounts
     from gateway.backends.port import Call, Express
-    from gateway.models import Model, Slot
+    from gateway.models import Model
+    from gateway.slots import Slot
     from gateway.tally import Tally
 
 Batches = AsyncGenerator[list[Delta], None]
@@ -90,6 +91,7 @@ class Run:
         deliver: writes an event to the client at once, if it can; None where deltas are worked on first.
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
+        tenant: in whose turn it waits, where it has to.
     """
 
     model: Model
@@ -112,6 +114,7 @@ class Run:
     guard: Guard | None = None
     is_cut: bool = False
     deliver: Callable[[bytes], bool] | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
@@ -269,31 +272,34 @@ class Run:
 
 
 async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
-    """The call's deltas from the best backend, within every bound; another backend if one cannot be reached.
+    """The call's deltas from the best backend, within every bound; another backend if one fails before.
 
-    Raises: Overloaded when none can; DeadlinePassed; UpstreamError when the backend says that it is done and
-        a choice is not; whatever else the backend raises.
+    Raises: Overloaded when none can be reached, or too many calls wait; DeadlinePassed; UpstreamError when the backend
+        says that it is done and a choice is not; whatever else the backend raises.
     """
-    tried: list[Slot] = []
+    attempts = Attempts(run.model, run.call)
+    await attempts.admit(run.tenant, run.envelope.deadline_s)
     is_done = has_begun = False
     while not is_done:
-        slot = run.slot = run.model.choose(without=tried)
+        slot = run.slot = attempts.next()
         with slot:
             try:
                 source: Batches | None = run.begin(slot)
                 while source is not None:
                     async with aclosing(source) as batches:
                         async for deltas in batches:
-                            has_begun = True
+                            if not has_begun:
+                                has_begun = True
+                                attempts.began(slot)
                             yield run.take(deltas)
                             if run.is_cut:
                                 break
                     source = run.go_on(slot)
                 is_done = True
-            except UpstreamUnreachable as exc:
-                slot.mark_down(exc.message)
-                tried.append(slot)
-                if has_begun:  # another backend would begin the choices anew
-                    raise UpstreamError(exc.message) from exc
+            except (UpstreamError, DeadlinePassed) as exc:
+                attempts.failed(slot, exc, has_begun=has_begun or run.tally.output() > 0)
+            finally:
+                attempts.leave()
+    attempts.ended(run.tally.usage, run.tally.output())
     if run.ended_by is None and len(run.finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")

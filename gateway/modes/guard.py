@@ -31,6 +31,7 @@ class Guard:
         opener: the token that begins a tool call, where calls are to be read out of the answer.
 
     Attributes:
+        keeps_text: as above.
         lost: choices that think on past the cap and its grace, or ended like that, or began a call.
         calls: those of them that began a call.
         ends: the token by which those of them ended their turn inside the thinking, NO_TOKEN where it is not known.
@@ -44,7 +45,6 @@ class Guard:
         "_choices",
         "_finished",
         "_keeps_ids",
-        "_keeps_text",
         "_opener",
         "_over",
         "_said",
@@ -53,6 +53,7 @@ class Guard:
         "dropped",
         "ends",
         "ids",
+        "keeps_text",
         "lost",
         "overrun",
         "thoughts",
@@ -69,7 +70,7 @@ class Guard:
         opener: int | None = None,
     ) -> None:
         self._tally, self._finished, self._choices = tally, finished, choices
-        self._keeps_ids, self._keeps_text, self._opener = keeps_ids, keeps_text, opener
+        self._keeps_ids, self.keeps_text, self._opener = keeps_ids, keeps_text, opener
         self._said: set[int] = set()  # choices whose answer has begun
         self.calls: set[int] = set()
         self.ends: dict[int, int] = {}
@@ -81,7 +82,7 @@ class Guard:
 
     def can_take_over(self) -> bool:
         """Whether a lost choice can go on."""
-        return self._keeps_ids or self._keeps_text
+        return self._keeps_ids or self.keeps_text
 
     def unended(self, deltas: list[Delta]) -> list[Delta]:
         """Deltas without an end of turn inside the thinking: its choice is lost, and goes on to an answer."""
@@ -98,7 +99,7 @@ class Guard:
 
     def is_ordinary(self, token_id: int) -> bool:
         """Whether a token within the cap needs nothing but to be remembered."""
-        return not (self._over or self.lost or token_id == self._opener or self._keeps_text)
+        return not (self._over or self.lost or token_id == self._opener or self.keeps_text)
 
     def remember(self, index: int, token_id: int) -> None:
         """Keep an ordinary token that was delivered."""
@@ -112,7 +113,7 @@ class Guard:
         for delta in deltas:
             if self._keeps_ids and delta.token_ids:
                 self.ids.setdefault(delta.index, []).extend(delta.token_ids)
-        return [delta for delta in deltas if self._keep_text(delta)] if self._keeps_text else deltas
+        return [delta for delta in deltas if self._keep_text(delta)] if self.keeps_text else deltas
 
     def _keep_text(self, delta: Delta) -> bool:
         """Remember what a choice said or thought; whether anything is left where it ends its turn without an answer."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from gateway.modes.flow import Run
 
 
+THINKING_FIELDS = ("reasoning", "reasoning_content")
+
+
 class Stops(NamedTuple):
     """The client's stop strings.
 
@@ -57,20 +60,28 @@ async def stopped_flow(run: Run, stops: Stops) -> AsyncGenerator[list[Delta], No
 class _Filters:
     """One choice's filters, by the kind of text."""
 
-    __slots__ = ("_by_kind", "has_hit")
+    __slots__ = ("_by_kind", "_thought", "has_hit")
 
     def __init__(self, stops: Stops) -> None:
         kinds = (Kind.ANSWER, Kind.THINKING) if stops.in_thinking else (Kind.ANSWER,)
         self._by_kind = {kind: StopFilter(stops.texts, keep=stops.keep) for kind in kinds}
+        self._thought = b""  # an event of the thinking, to be like
         self.has_hit = False
 
-    def end_of_thinking(self) -> str:
-        """The text of the thinking that is held back, since a stop string might have begun with it; once."""
+    def end_of_thinking(self, index: int) -> Delta | None:
+        """What of the thinking is held back, since a stop string might have begun with it; once."""
         thinking = self._by_kind.get(Kind.THINKING)
-        return "" if thinking is None else thinking.feed("", is_last=True)
+        held = "" if thinking is None else thinking.feed("", is_last=True)
+        if not held:
+            return None
+        delta = Delta(index, Kind.THINKING, held, wire=self._thought)
+        delta.wire = _with_text(delta) if delta.wire else b""
+        return delta
 
     def of(self, delta: Delta) -> StopFilter | None:
         """The filter of a delta's text, if it is looked at; a choice's end flushes the answer's."""
+        if delta.kind is Kind.THINKING and delta.text and delta.wire:
+            self._thought = delta.wire
         return self._by_kind.get(delta.kind) if delta.text or delta.finish_reason is not None else None
 
 
@@ -84,9 +95,9 @@ def _filter(run: Run, filters: list[_Filters], delta: Delta, kept: list[Delta]) 
         run.tally.waste(delta)
         return
     if delta.finish_reason is not None or (delta.kind is Kind.ANSWER and delta.text):
-        held = choice.end_of_thinking()
-        if held:
-            kept.append(Delta(delta.index, Kind.THINKING, held))
+        held = choice.end_of_thinking(delta.index)
+        if held is not None:
+            kept.append(held)
     stop = choice.of(delta)
     if stop is not None:
         text = stop.feed(delta.text, is_last=delta.finish_reason is not None)
@@ -101,10 +112,15 @@ def _filter(run: Run, filters: list[_Filters], delta: Delta, kept: list[Delta]) 
 
 
 def _with_text(delta: Delta) -> bytes:
+    """The event of a delta with the delta's text, under the name that the backend uses."""
     chunk: dict[str, Any] = msgspec.json.decode(delta.wire)
     choice = chunk["choices"][0]
-    choice["delta"]["reasoning" if delta.kind is Kind.THINKING else "content"] = delta.text
-    choice["finish_reason"] = delta.finish_reason
+    fields = choice["delta"]
+    name = "content" if delta.kind is Kind.ANSWER else next((name for name in THINKING_FIELDS if name in fields), None)
+    fields[name or THINKING_FIELDS[0]] = delta.text
+    choice["finish_reason"], choice["logprobs"] = delta.finish_reason, delta.logprobs
     if delta.stop_reason is not None:
         choice["stop_reason"] = delta.stop_reason
+    if not delta.token_ids:
+        choice.pop("token_ids", None)
     return msgspec.json.encode(chunk)

@@ -138,6 +138,24 @@ async def test_scripts_that_the_server_forgot_are_loaded_again(shared_redis: Red
     assert (await shared_redis.books())["key:a", "tokens", "day"][TODAY] == (0, 0, 0)
 
 
+async def test_a_server_that_may_evict_budgets_is_complained_of(
+    shared_redis: RedisPlace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A budget that is thrown away is spent again: the log says so on connecting, and only where it can happen."""
+    config = shared_redis._client.config_set
+    try:
+        for maxmemory, policy, said in (("1gb", "allkeys-lru", 1), ("1gb", "noeviction", 1), ("0", "allkeys-lru", 1)):
+            config("maxmemory", maxmemory)
+            config("maxmemory-policy", policy)
+            ledger = shared_redis.ledger(tokens(15, "day"))
+            async with ledger.hold(["key:a"], TEN):
+                assert [record.getMessage()[-10:] for record in caplog.records] == said * ["noeviction"]
+            await ledger.close()
+    finally:
+        config("maxmemory", "0")
+        config("maxmemory-policy", "noeviction")
+
+
 @pytest.fixture
 async def shared_redis(tmp_path: Path) -> Any:
     """Books in Redis."""

@@ -14,7 +14,11 @@ from tests.budget.clocks import TEN, tokens, utc
 from tests.budget.places import PLACES, SHARED, LeasedPlace, Place
 from tests.budget.virtual import Fault, FaultyStore, play
 from tests.gateway.asgi import ask, gateway_of
+from tests.gateway.live import INSTANT, MODEL, live, tree_of
+from tests.gateway.live import ask as live_ask
 from tests.gateway.still import CHAT, config_of
+from tests.scripted_backend import ScriptedBackend
+from tests.scripted_script import refusal
 
 TODAY = int(utc(2024, 5, 17))
 
@@ -180,3 +184,19 @@ async def test_a_users_budget_is_ignored_when_the_key_has_a_team(owner: str) -> 
     refused = await ask(gateway, CHAT, headers=headers)
     assert (refused.status, refused.error["code"]) == (429, "budget_exceeded")
     assert owner in refused.error["message"]
+
+
+async def test_fallbacks_skip_the_budget(scripted: ScriptedBackend) -> None:
+    """LiteLLM PR 41379: a fallback runs at the first model's hold; here it is held again, at its own price."""
+    async with ScriptedBackend() as other:
+        tree = tree_of(scripted, limits=[{"scope": "model:dear", "unit": "usd", "amount": 0.01, "window": "day"}])
+        dear = tree_of(other)["models"][MODEL] | {"price_usd_per_mtok": {"prompt": 900, "answer": 900}}
+        tree["models"] |= {"dear": dear}
+        tree["models"][MODEL]["fallback"] = ["dear"]
+        async with live(tree) as gateway:
+            other.forget()
+            scripted.default = refusal(500, "out of memory", "InternalServerError")
+            answer = await live_ask(gateway, INSTANT)
+            assert (answer.status, answer.error["code"]) == (429, "budget_exceeded")
+            assert "model:dear" in answer.error["message"]
+            assert other.calls == []

@@ -42,6 +42,16 @@ def test_spending_more_than_is_left_spends_nothing() -> None:
     assert (share.tokens, share.nano_usd, share.spent_tokens, share.spent_nano_usd) == (10, 10, 0, 0)
 
 
+def test_less_than_nothing_is_neither_split_nor_spent() -> None:
+    """A negative amount would make what there is not: it is a bug of the caller, and changes nothing."""
+    tree = Share(tokens=10, nano_usd=10)
+    for take in (tree.split, tree.spend):
+        for wanted in ({"tokens": -1}, {"nano_usd": -1}):
+            with pytest.raises(AssertionError):
+                take(**wanted)
+    assert (tree.tokens, tree.nano_usd, tree.spent_tokens, tree.spent_nano_usd) == (10, 10, 0, 0)
+
+
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, GeneratorExit])
 def test_a_failing_child_gives_back_its_rest(failure: type[BaseException]) -> None:
     """However a block ends, what was not spent is there for the others."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+PIECE_BYTES, PAUSE_S = 512, 0.002  # a long stream takes seconds, however much of it the server sends at once
 
 
 class CuttableProxy:
-    """Forwards connections to `url` until `cut`.
+    """Forwards connections to `url`, piece by piece, until `cut`.
 
     Attributes:
         url: where to connect instead.
@@ -68,8 +70,9 @@ class CuttableProxy:
 
     def _forward(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
-            while data := source.recv(65536):
+            while data := source.recv(PIECE_BYTES):
                 sink.sendall(data)
+                time.sleep(PAUSE_S)
         for one in (source, sink):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

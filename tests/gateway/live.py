@@ -27,7 +27,7 @@ from gateway.backends.http_backend import HttpBackend
 from gateway.config.schema import Config
 from gateway.edge.http_server import GuardedProtocol
 from gateway.edge.watch import Watched
-from gateway.models import Slot
+from gateway.slots import Slot
 from tests.scripted_backend import ScriptedBackend
 
 Json = dict[str, Any]

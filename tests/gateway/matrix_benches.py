@@ -20,8 +20,8 @@ from gateway.app import Gateway
 from gateway.backends.embedded import EmbeddedBackend
 from gateway.backends.http_backend import HttpBackend
 from gateway.config.schema import Config
-from gateway.models import Tried
 from gateway.modes.soft import ANSWER_NOW
+from gateway.slots import Tried
 from kernels.engine import Engine
 from tests.gateway.asgi import Answered, ask
 from tests.gateway.matrix import DEFAULT, FLOOR, NATURAL, SEED, STOP, Cell, Column, Json, arguments, thinking_of

@@ -152,6 +152,18 @@ def test_a_gateways_hash_secret_is_needed(shell: Shell, monkeypatch: pytest.Monk
     assert "at least 16 characters" in err
 
 
+def test_another_hash_secret_makes_no_key(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell with another hash secret than the gateway's is refused, instead of making keys that it does not know."""
+    monkeypatch.setenv("THINKGATE_KEY_HASH_SECRET", "sixteen characters at least")
+    assert shell.keys("create", "ada")[0] == 0
+    monkeypatch.setenv("THINKGATE_KEY_HASH_SECRET", "sixteen others, by mistake")
+    for command in (("create", "eve"), ("rotate", "ada")):
+        status, out, err = shell.keys(*command)
+        assert (status, out) == (1, "")
+        assert "server.key_hash_env" in err
+    assert [entry["action"] for entry in shell.audit()] == ["key.create"]
+
+
 def test_secret_is_written_alone(shell: Shell) -> None:
     """What a pipe gets is the secret and nothing else."""
     _, out, _ = shell.keys("create", "ada")

@@ -290,4 +290,4 @@ async def claims(gateway: Live) -> int:
     """How many claims and outcomes the store of a gateway has."""
     records = gateway.gateway.stored.records
     assert isinstance(records, MemoryRecords)
-    return len(records._records)
+    return len(records._ending)

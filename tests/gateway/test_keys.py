@@ -81,6 +81,7 @@ async def test_a_secret_of_the_file_may_have_the_form_of_a_stored_one() -> None:
     """A key that was made here and then put into the file goes on working."""
     one = replica()
     secret, _ = await one.stored.new_secret("tg-")
+    await one.stored.follow()
     one.config = config_of(keys=[{"id": "moved", "secret_sha256": hashlib.sha256(secret.encode()).hexdigest()}])
     assert one.identify(secret).id == "moved"
 

@@ -151,3 +151,27 @@ def test_reopened_thinking_is_left_out_whatever_the_borders(text: str, cuts: lis
     while (at := rest.find("<a>")) >= 0:
         shown, rest = shown + rest[:at], rest[at + 3 :].partition("</a>")[2]
     assert whole == shown + rest
+
+
+@pytest.mark.parametrize(
+    ("held", "cut", "left"), [("</rea", True, []), ("</rea", False, [(T, "</rea")]), ("<", True, [(T, "<")])]
+)
+def test_half_a_marker_is_not_shown_where_a_limit_falls_into_it(held: str, cut: bool, left: list[Piece]) -> None:
+    """What a limit cut off in the middle of a marker is no thinking; a lone character is."""
+    by = MarkerSplitter("<reason>", "</reason>", is_open=True)
+    assert by.feed("so" + held) == [(T, "so")]
+    assert by.finish(cut=cut) == left
+
+
+@given(cuts=st.lists(st.integers(0, 40), max_size=8), openings=st.integers(0, 2))
+def test_markers_that_are_announced_open_again(cuts: list[int], openings: int) -> None:
+    """As many opening markers in the answer as are known to be there open the thinking again, whatever the borders."""
+    text = "<t>a</t>b<t>c</t>d<t>e</t>f"
+    borders = sorted({cut % (len(text) + 1) for cut in cuts})
+    by = MarkerSplitter("<t>", "</t>")
+    pieces = by.feed("", openings=openings + 1)
+    for a, b in zip([0, *borders], [*borders, len(text)], strict=True):
+        pieces += by.feed(text[a:b])
+    pieces += by.finish()
+    said = "".join(piece for kind, piece in pieces if kind is A)
+    assert said == ("b<t>c</t>d<t>e</t>f", "bd<t>e</t>f", "bdf")[openings]

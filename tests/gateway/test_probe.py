@@ -70,6 +70,12 @@ LIMITED: list[tuple[str, Model, Say, Callable[[Capabilities], bool]]] = [
         Say(thinking=tokens("a b"), answer=tokens("c")),
         lambda c: c.thinking_field == "inline_opened",
     ),
+    (
+        "no parser, opened by the template, takes no ids",
+        Model(field="inline", takes_ids=False),
+        LONG,
+        lambda c: (c.thinking_field, c.forcing) == ("inline_opened", None),
+    ),
 ]
 
 
@@ -170,7 +176,7 @@ async def test_strange_answers_are_answers(scripted: ScriptedBackend, path: str,
 
 async def test_down_server_says_why_and_comes_up(scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is down for a reason says so in readiness, and is up without a restart once that is mended."""
-    monkeypatch.setattr("gateway.models.PROBE_AGAIN_S", 0.02)
+    monkeypatch.setattr("gateway.slots.PROBE_AGAIN_S", 0.02)
     models = scripted.routes["/v1/models"]
     scripted.routes["/v1/models"] = refusal(500, "still loading")
     async with live(tree_of(scripted), up=0) as gateway:

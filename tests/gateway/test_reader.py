@@ -141,7 +141,7 @@ def test_a_chunk_with_both_fields_becomes_two_deltas(ids: list[int]) -> None:
     logprobs = json.dumps({"content": [{"token": str(token)} for token in ids]})
     deltas = read(chunk('{"reasoning":"user","content":"If so"}', str(ids), finish='"stop"', logprobs=logprobs), by=by)
     assert [(d.kind, d.text, d.finish_reason) for d in deltas] == [(T, "user", None), (A, "If so", "stop")]
-    at = ids.index(16) + 1 if 16 in ids else 0
+    at = ids.index(16) + 1 if 16 in ids else len(ids)  # the thinking is open
     assert [d.token_ids for d in deltas] == [ids[:at], ids[at:]]
     assert [sum(counts([d])) for d in deltas] == [at, len(ids) - at]
     assert [[int(e["token"]) for e in d.logprobs["content"]] for d in deltas if d.logprobs] == [

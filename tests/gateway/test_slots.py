@@ -14,7 +14,7 @@ from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Capabilities
 from gateway.config.schema import BackendConfig
 from gateway.errors import UpstreamError
-from gateway.models import PROBE_AGAIN_S, TRUST_AGAIN_MOST_S, TRUST_AGAIN_S, Slot
+from gateway.slots import PROBE_AGAIN_S, TRUST_AGAIN_MOST_S, TRUST_AGAIN_S, Slot
 from tests.gateway.still import HOLDS_CAPS, config_of, models_of
 
 LIES = Capabilities(cap_binds=False)

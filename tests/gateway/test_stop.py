@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from tests.gateway.live import ASK, STREAM, Json, ask, live, tree_of
 from tests.gateway.test_bounds import whole
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Script
-from tests.scripted_stream import Say, tokens
+from tests.scripted_stream import Model, Say, tokens
 
 FEW = settings(max_examples=150, deadline=None)
 WORDS = st.text(alphabet="ab\n", max_size=14)
@@ -113,3 +114,17 @@ async def test_a_stop_string_ends_the_thinking_only_when_asked_to(
             assert (texts[0]["content"] or "") == content
             assert len(scripted.calls) == (1 if in_thinking or policy == "auto" else 2)
             assert extension["cap"]["enforcement"] == ("native" if policy == "auto" else "two_phase")
+
+
+@pytest.mark.parametrize("body", [STREAM, ASK])
+async def test_thinking_that_was_held_back_keeps_its_name(scripted: ScriptedBackend, body: Json) -> None:
+    """Looking for stop strings in the thinking changes nothing about the field that it comes in."""
+    scripted.model = Model(field="reasoning_content")
+    async with live(tree_of(scripted)) as gateway:
+        scripted.forget()
+        scripted.queue(Script(say=[Say(thinking=tokens("first ST"), answer=tokens("it is 42"))]))
+        thinkgate = {"mode": "reasoning", "stop_in_thinking": True}
+        answer = await ask(gateway, {**body, "stop": "STOP", "thinkgate": thinkgate})
+    assert b'"reasoning":' not in answer.body
+    text = "".join(re.findall(r'"reasoning_content":"([^"]*)"', answer.body.decode()))
+    assert text == "first ST"

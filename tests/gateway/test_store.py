@@ -24,6 +24,7 @@ from gateway.reload import Reloader
 from tests.budget.valkey import valkey
 from tests.budget.virtual import FaultyStore
 from tests.gateway.live import ASK, DEADLINE_S, EMBEDDINGS, INSTANT, STREAM, Client, Json, Live, ask, live, tree_of
+from tests.gateway.tenants import BreakableRecords, Clock
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_model import Model, Say
 from tests.scripted_script import Gate, Script
@@ -114,6 +115,23 @@ async def test_without_its_store_nothing_is_spent(scripted: ScriptedBackend, sto
         await mend_store(gateway, broken)
         assert (await ask(gateway, body, path)).status != 503
         assert gateway.metric("thinkgate_store_reachable") == 1
+
+
+async def test_before_the_limits_of_the_store_are_known_nothing_is_spent(
+    scripted: ScriptedBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that starts while its store cannot be read is not ready, and serves nobody past a limit it may have."""
+    records = BreakableRecords(clock=Clock())
+    monkeypatch.setattr("gateway.app.open_records", lambda *_, **__: records)
+    records.is_away = True
+    async with live(stored(scripted, in_file(tmp_path))) as gateway:
+        scripted.forget()
+        for answer in (await ask(gateway, ASK), await ask(gateway, b"", "/health/ready", method="GET")):
+            assert (answer.status, answer.error["code"]) == (503, "store_unavailable")
+        assert scripted.calls == []
+        records.is_away = False
+        await gateway.gateway.stored.follow()
+        assert (await ask(gateway, ASK)).status == 200
 
 
 async def test_a_replica_without_redis_spends_its_share(scripted: ScriptedBackend) -> None:

@@ -137,21 +137,21 @@ async def test_last_known_goes_on_while_the_store_is_away(caplog: pytest.LogCapt
     ]
 
 
-async def test_a_gateway_that_never_read_the_store_does_not_say_a_key_is_wrong() -> None:
-    """Secrets that may be the store's are a 503 until it was read, those of the file work, and nobody is anyone."""
+async def test_a_gateway_that_never_read_the_store_lets_nobody_in() -> None:
+    """Until the store was read all are a 503: it may know the key, limit one of the file's, or say nobody is anyone."""
     digest = hashlib.sha256(b"file-secret").hexdigest()
     for config in (config_of(keys=[{"id": "file", "secret_sha256": digest}]), config_of()):
         one = replica(config)
         one.records.is_away = True
         await one.stored.follow()
-        if config.keys:
-            assert one.identify("file-secret").id == "file"
-        with pytest.raises(StoreUnavailable) as refused:
-            one.identify(new_secret("tg-"))
-        assert refused.value.status == 503
+        for secret in ("file-secret", new_secret("tg-")):
+            with pytest.raises(StoreUnavailable) as refused:
+                one.identify(secret)
+            assert refused.value.status == 503
         one.records.is_away = False
         await one.stored.follow()
         if config.keys:
+            assert one.identify("file-secret").id == "file"
             with pytest.raises(Unauthenticated):
                 one.identify(new_secret("tg-"))
         else:
@@ -197,6 +197,17 @@ async def test_entry_that_is_not_understood_is_not_used(caplog: pytest.LogCaptur
     await here.records.put(f"{KEYS}ada", strange.replace(b'"moon":1,', b""))
     await there.stored.refresh()
     assert there.identify(ada).id == "ada"
+
+
+async def test_limit_of_a_newer_version_is_held_as_far_as_it_is_understood() -> None:
+    """What is added to a limit may only narrow it, so a replica that does not know it holds everybody to the rest."""
+    here, there = replicas(2)
+    await here.limits.put(ROOT, LimitConfig(scope="team:ml", unit="tokens", amount=5, window="day"))
+    ((name, record),) = await here.records.scan(LIMITS)
+    await here.records.put(name, record.value.replace(b'"limit":{', b'"limit":{"moon":1,'))
+    await there.stored.refresh()
+    assert [limit.amount for limit in there.limits.in_force(there.config)] == [5]
+    assert [entry.amount for entry in there.limits.entries(ROOT)] == [5]
 
 
 async def test_many_entries_leave_room_for_others() -> None:
@@ -327,6 +338,25 @@ class TestHashSecret:
         assert entry.status == "active"
         assert new.identify(rotated).id == "ada"
 
+    async def test_change_is_noted_where_secrets_are_made(self) -> None:
+        """Once a gateway with another hash secret has made one, a shell needs that; what the store made is kept."""
+        old = replica()
+        secret = await old.make("ada")
+        new = Replica(old.records, old.clock, old.config, hash_secret="another secret")
+        await new.stored.refresh()
+        await new.make("eve")
+        for given, is_right in ((None, False), ("a third secret", False), ("another secret", True)):
+            shell = Stored(old.records, clock=old.clock, hash_secret=given, must_match=True)
+            await shell.refresh()
+            if is_right:
+                await shell.new_secret("tg-")
+                continue
+            with pytest.raises(ConflictingChange, match="key_hash_env"):
+                await shell.new_secret("tg-")
+        await old.stored.refresh()
+        assert is_known(old, secret)
+        assert is_known(old, await old.make("bob"))
+
 
 async def test_keeping_up_follows_purges_and_survives(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -354,7 +384,7 @@ async def test_keeping_up_follows_purges_and_survives(
         await until(lambda: True in there.told)
         await here.records.put("claim", b"", ttl_s=1)
         here.clock.now += 2
-        await until(lambda: "claim" not in here.records._records)
+        await until(lambda: "claim" not in here.records._ending)
         revision, there.stored._revision = there.stored._revision, None  # type: ignore[assignment]  # a bug
         await until(lambda: "following the store failed" in caplog.messages)
         there.stored._revision = revision

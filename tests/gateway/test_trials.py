@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.models import MOST_TRIED, Tried
+from gateway.slots import MOST_TRIED, Tried
 from tests.gateway.live import ASK, STREAM, Json, ask, live, tree_of
 from tests.scripted_backend import ScriptedBackend, is_trial
 from tests.scripted_script import Exchange, Reply, Script, refusal

@@ -1,0 +1,75 @@
+"""Another model where the one asked for cannot serve: along the configured chain, before the first byte.
+
+Owns: which model of the chain is next, and what is told of it. Slow path. Does not own: the budget; the caller holds
+again, at the new model's price.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from gateway.ask.hear import Heard, hear
+from gateway.edge.extension import Degraded
+from gateway.errors import GatewayError, InvalidRequest, PermissionDenied
+from gateway.prepare import decide
+
+if TYPE_CHECKING:
+    from gateway.degrade import Request
+    from gateway.prepare import Prepared
+
+
+class Fallbacks:
+    """The chain of one request.
+
+    Args:
+        request: what came from the client.
+        asked: as it was prepared for the model it names.
+    """
+
+    __slots__ = ("_asked", "_left", "_request", "_why")
+
+    def __init__(self, request: Request, asked: Prepared) -> None:
+        self._request, self._asked = request, asked
+        self._why: str | None = None
+        self._left: list[str] = []
+
+    def after(self, error: GatewayError, *, has_started: bool) -> Prepared:
+        """The request on the next model that may serve it, not held yet. Raises: the error, where there is none."""
+        if has_started:
+            raise error
+        if self._why is None:
+            self._left = [name for name in self._asked.model.config.fallback if name != self._asked.model.name]
+            self._why = error.code or error.type
+        found = self.instead()
+        if found is None:
+            raise error
+        return found
+
+    def instead(self) -> Prepared | None:
+        """The same, where a model of the chain could not be held; None at its end, and before it was begun."""
+        if self._why is None or not self._left:
+            return None
+        request, asked, call = self._request, self._asked, self._asked.call
+        heard = hear(request.body, request.surface, request.models, request.config)
+        verdict = asked.decision.verdict  # the text is what it was: it is not asked again
+        read = None if verdict is None else lambda _key, _model: verdict
+        while self._left:
+            name = self._left.pop(0)
+            try:
+                found = decide(
+                    Heard(replace(asked.ask, model=name), heard.raw, heard.media_parts, read=read),
+                    len(request.body),
+                    request.surface,
+                    request.key,
+                    request.models,
+                    request.config,
+                    request_id=call.request_id,
+                    trace=call.trace_headers,
+                )
+            except (InvalidRequest, PermissionDenied):
+                continue  # not for this key, or not with what the request asks for
+            told = Degraded(step="model", was=asked.model.name, to=name, scope=asked.model.scope, unit=self._why)
+            return replace(found, degraded=(told,))
+        return None
