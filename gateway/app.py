@@ -314,7 +314,8 @@ class Gateway(FastAPI):
         config = self.serving.config
         is_other = await self.names.refresh(config) and self.serving.config is config
         if is_other:
-            self.serving = serving(config, self.stored, self.serving.models, self.names)
+            known, names = self.serving.models, self.names
+            self.serving = serving(config, self.stored, self.statistics, known=known, names=names)
         return is_other
 
     async def _sweep(self) -> None:

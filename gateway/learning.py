@@ -44,7 +44,7 @@ class Learning:
     def saw(self, prepared: Prepared, key: Key, run: Run, request_id: str) -> None:
         """A request ended; it counts if anything was generated and its difficulty is known."""
         verdict = prepared.decision.verdict
-        tokens = run.tally.output()
+        tokens = run.close_books()[0].completion()
         if verdict is None or verdict.score is None or not tokens:
             return
         served = _Served(key.id, prepared.model.name, prepared.decision.mode, verdict.score.level)

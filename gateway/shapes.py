@@ -157,7 +157,9 @@ class Decisions:
             if by_text is None:
                 return None
             known = by_text
-            decision = known.decision._replace(reason=verdict.reason, verdict=verdict)
+            decision = known.decision._replace(verdict=verdict)
+            if decision.mode == verdict.mode:  # else there was no room, whatever the text says
+                decision = decision._replace(reason=verdict.reason)
         call, cap = known.call, known.cap
         most = call.max_tokens + known.slack
         return replace(
@@ -175,9 +177,11 @@ class Decisions:
         fields = {name: value.copy() for name, value in call.fields.items()}  # a view would keep its whole body
         fields["messages"] = NO_MESSAGES
         bare = replace(call, request_id="", fields=fields, trace_headers=())
-        kept = _Kept(replace(prepared, call=bare, cap=replace(prepared.cap)), key, _found(prepared.model), {})
-        before = self._kept.pop(shape, None)
         verdict = prepared.decision.verdict
+        decision = prepared.decision._replace(verdict=None)
+        bare_prepared = replace(prepared, decision=decision, call=bare, cap=replace(prepared.cap))
+        kept = _Kept(bare_prepared, key, _found(prepared.model), {})
+        before = self._kept.pop(shape, None)
         if verdict is not None:
             if before is not None and before.key is key and before.found == kept.found:
                 kept.by_text.update(before.by_text)

