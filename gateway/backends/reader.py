@@ -182,9 +182,7 @@ class StreamReader:
         if len(found) > 1:
             self._cut(chunk, delta, found, body.role, out)
             return
-        said = [piece for piece in pieces if piece[0] is not Kind.INJECTED]
-        delta.kind = said[0][0] if said else Kind.INJECTED if pieces else Kind.ANSWER
-        delta.text = "".join(text for _, text in said)
+        _say(delta, pieces, is_held=state.pending > 0 and state.splitter is not None and state.splitter.is_open)
         self._show(chunk, delta, body.role)
         if not is_inline:
             self._settle_kind(chunk, delta, split, was_open=was_open, role=body.role)
@@ -320,6 +318,20 @@ def _by_ids(meter: ThinkingMeter, ids: list[int], *, is_thought: bool) -> Split:
     if is_thought and not meter.is_open and not meter.has_closed:
         meter.believe(split)
     return split
+
+
+def _say(delta: Delta, pieces: list[Piece], *, is_held: bool) -> None:
+    """Kind and text of a delta of one kind; half a character has no text, and is to be hidden like all thoughts.
+
+    `is_held`: what the event says is a thought, and held back.
+    """
+    said = [piece for piece in pieces if piece[0] is not Kind.INJECTED]
+    if said:
+        delta.kind, delta.text = said[0][0], "".join(text for _, text in said)
+    elif delta.thinking or (is_held and delta.tool_calls is None):
+        delta.kind = Kind.THINKING
+    elif pieces:
+        delta.kind = Kind.INJECTED
 
 
 def _fields(role: str | None, field: str, text: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class _Filters:
 
     def of(self, delta: Delta) -> StopFilter | None:
         """The filter of a delta's text, if it is looked at; a choice's end flushes the answer's."""
-        if delta.kind is Kind.THINKING and delta.wire:
+        if delta.kind is Kind.THINKING and delta.text and delta.wire:
             self._thought = delta.wire
         return self._by_kind.get(delta.kind) if delta.text or delta.finish_reason is not None else None
 
