@@ -8,6 +8,7 @@ import pytest
 
 from tests.gateway.live import ASK, STREAM, Answer, Json, ask, live, tree_of
 from tests.gateway.matrix import INLINE, MANY
+from tests.gateway.test_third_attack import events, soft, used
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Script
 from tests.scripted_stream import Model, Say, byte_tokens, tokens
@@ -41,3 +42,11 @@ async def test_half_a_character_of_hidden_thinking_is_hidden(
     spelled = [one for choice in choices_of(answer) for one in (choice.get("logprobs") or {}).get("content", ())]
     assert not {token.id for token in thinking} & set(shown)
     assert len(spelled) == len(shown)
+
+
+@pytest.mark.parametrize("more", [HIDDEN, {"thinkgate": {"thinking_tokens": 20, "reasoning_field": "both"}}])
+async def test_a_role_that_comes_with_a_thought_is_told(scripted: ScriptedBackend, more: Json) -> None:
+    """Also where the thought itself is hidden, or goes out under both names."""
+    deltas = [{"role": "assistant", "reasoning": "hm"}, {"reasoning": "so"}, {"content": "it is 42"}]
+    answer = await soft(scripted, {**STREAM, **more}, events(*deltas, usage=used(20, 5, 2)))
+    assert [choice["delta"].get("role") for choice in choices_of(answer)][:2] == ["assistant", None]
