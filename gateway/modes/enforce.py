@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gateway.backends.port import Capabilities
+from gateway.backends.segments import tool_plan
 from gateway.enforcement import Needs, enforcement, instant_enforcement
+from gateway.errors import InvalidRequest
 from gateway.modes.chains import Chains
 from gateway.modes.choice import TakeOver
 from gateway.modes.guard import Guard
 from gateway.modes.soft import soft_answers, with_effort
 
 if TYPE_CHECKING:
+    from gateway.backends.port import Call
     from gateway.models import Slot
     from gateway.modes.flow import Batches, Run
 
@@ -62,8 +65,8 @@ class Enforcement:
         return slot.backend.generate(call, run.express())
 
     def _guard(self, run: Run, found: Capabilities) -> Guard | None:
-        """What remembers how to go on if the cap does not hold: by ids, else by the text of the thinking."""
-        if found.forcing is not None and not self._needs.has_media:
+        """What remembers how to go on where thinking ends badly: by ids, else by the text of the thinking."""
+        if found.forcing is not None and not self._needs.has_media and _can_chain(run.call, found):
             opener = found.tool_opener if self._needs.has_tools and found.tool_format is not None else None
             return Guard(run.tally, run.finished, run.choices, keeps_ids=True, opener=opener)
         if run.enforced.how == "native" and run.call.thinking.enabled:
@@ -94,3 +97,12 @@ class Enforcement:
             TakeOver(index, guard.ids.get(index, []), index in guard.calls, guard.ends.get(index)) for index in lost
         ]
         return Chains(run, slot.backend, found).deltas(kept)
+
+
+def _can_chain(call: Call, found: Capabilities) -> bool:
+    """Whether two-phase enforcement serves a call: what it cannot serve shows before the backend has thought for it."""
+    try:
+        tool_plan(call, found.tool_format)
+    except InvalidRequest:
+        return False
+    return True

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from tests.gateway.live import ASK, STREAM, Answer, Json, ask, live, tree_of
-from tests.gateway.matrix import INLINE, MANY
-from tests.gateway.test_third_attack import events, soft, used
+from tests.gateway.matrix import INLINE, MANY, TOOL
+from tests.gateway.test_third_attack import events, read, soft, used
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Script
-from tests.scripted_stream import Model, Say, byte_tokens, tokens
+from tests.scripted_stream import END_OF_SEQUENCE, Model, Say, byte_tokens, tokens
 
 pytestmark = pytest.mark.anyio
 BODIES = pytest.mark.parametrize("body", [STREAM, ASK], ids=["stream", "whole"])
@@ -50,3 +51,27 @@ async def test_a_role_that_comes_with_a_thought_is_told(scripted: ScriptedBacken
     deltas = [{"role": "assistant", "reasoning": "hm"}, {"reasoning": "so"}, {"content": "it is 42"}]
     answer = await soft(scripted, {**STREAM, **more}, events(*deltas, usage=used(20, 5, 2)))
     assert [choice["delta"].get("role") for choice in choices_of(answer)][:2] == ["assistant", None]
+
+
+@BODIES
+@pytest.mark.parametrize(
+    "more", [{"tools": [TOOL]}, {"truncate_prompt_tokens": 200}], ids=lambda more: next(iter(more))
+)
+@pytest.mark.parametrize("lies", [False, True], ids=["ends_in_thinking", "ignores_the_cap"])
+async def test_what_cannot_be_continued_by_ids_is_by_text(
+    scripted: ScriptedBackend, body: Json, more: Json, lies: bool
+) -> None:
+    """A call that two-phase enforcement would refuse is no mistake of the client's once its backend has thought."""
+    thinking = tokens(" ".join(f"t{i}" for i in range(40))) if lies else [*tokens("t0 t1 t2"), END_OF_SEQUENCE]
+    say = Say(thinking=thinking, answer=tokens("never"))
+    async with live(tree_of(scripted)) as gateway:
+        scripted.forget()
+        scripted.queue(Script(say=[say], model=Model(honours_cap=not lies)), Script(say=[Say(answer=tokens("it is"))]))
+        answer = await ask(gateway, {**body, **more, "thinkgate": {"thinking_tokens": 10}})
+        assert "error" not in json.dumps(choices_of(answer))
+        thought, said, report = read(answer)
+    assert said == "it is"
+    assert thought.split() == [f"t{i}" for i in range(10 if lies else 3)]
+    end_of_turn = 0 if lies else 1  # a token, too
+    assert report["tokens"]["thinking"] == len(thought.split()) + end_of_turn
+    assert report["cap"]["enforcement"] == "soft"
