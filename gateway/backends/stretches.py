@@ -69,6 +69,8 @@ def with_texts(found: list[Stretch], pieces: Sequence[Piece], *, calls: bool) ->
         pieces: what the event says, in its order.
         calls: there are tool calls, which are answer, too.
     """
+    if calls and all(one.is_thought for one in found):
+        found.append(Stretch(is_thought=False))
     runs: list[tuple[bool, str]] = []
     for kind, written in pieces:
         is_thought, text = kind is not Kind.ANSWER, "" if kind is Kind.INJECTED else written
@@ -83,7 +85,7 @@ def with_texts(found: list[Stretch], pieces: Sequence[Piece], *, calls: bool) ->
     thought, said = ("".join(text for is_thought, text in runs if is_thought is wanted) for wanted in (True, False))
     if thought and not any(one.is_thought for one in found):
         found.insert(0, Stretch(is_thought=True))
-    if (said or calls) and all(one.is_thought for one in found):
+    if said and all(one.is_thought for one in found):
         found.append(Stretch(is_thought=False))
     _share(thought, [one for one in found if one.is_thought])
     _share(said, [one for one in found if not one.is_thought])

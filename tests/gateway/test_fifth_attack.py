@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from gateway.backends.port import Kind
 from tests.gateway.live import ASK, STREAM, Answer, Json, ask, live, tree_of
 from tests.gateway.matrix import INLINE, MANY, TOOL
+from tests.gateway.test_strange_backends import call, event, first
+from tests.gateway.test_strange_backends import read as deltas_of
 from tests.gateway.test_third_attack import events, read, soft, used
 from tests.scripted_backend import ScriptedBackend
 from tests.scripted_script import Script
@@ -75,3 +78,12 @@ async def test_what_cannot_be_continued_by_ids_is_by_text(
     end_of_turn = 0 if lies else 1  # a token, too
     assert report["tokens"]["thinking"] == len(thought.split()) + end_of_turn
     assert report["cap"]["enforcement"] == "soft"
+
+
+@pytest.mark.parametrize("ids", [[16], [100, 16], [100, 101]])
+def test_a_call_that_comes_with_thoughts_is_no_thought(ids: list[int]) -> None:
+    """It goes out where the thoughts are hidden or dropped, also where their ids are all the event has."""
+    beside = event({"reasoning": "so", "tool_calls": [{"index": 0}]}, ids)
+    thought, called = deltas_of(call(), first([1, 15]), beside)[1:]
+    assert (thought.kind, thought.text, thought.tool_calls) == (Kind.THINKING, "so", None)
+    assert (called.kind, called.text, called.tool_calls) == (Kind.ANSWER, "", [{"index": 0}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.backends.port import Delta, Kind
@@ -27,6 +27,7 @@ AGAIN = Say(thinking=tokens("t0"), answer=tokens("a0 a1 a2 a3 a4 a5"), reopens=t
 
 
 @given(ids=IDS, is_open=st.booleans(), thought=TEXT, said=TEXT, calls=st.booleans())
+@example(ids=[1], is_open=False, thought="a", said="", calls=True)
 def test_nothing_is_lost_or_moved(ids: list[int], is_open: bool, thought: str, said: str, calls: bool) -> None:
     """The deltas of an event are of one kind each, and put together they are the event."""
     delta = Delta(token_ids=ids, tool_calls=[{}] if calls else None, finish_reason="stop", capped=True)
