@@ -271,8 +271,7 @@ class StreamReader:
             count = len(choice.token_ids)
             thought = part_of(count, thinking_text, answer_text)
             return Split(thinking=thought, answer=count - thought)
-        is_bare = choice.token_ids is not None or not (thinking_text or answer_text)
-        if is_bare and self._expects_ids and self._prompt_tokens:
+        if not (thinking_text or answer_text) and self._expects_ids and self._prompt_tokens:
             return Split()
         has_answer = bool(answer_text) or (choice.delta is not None and choice.delta.tool_calls is not None)
         if state.splitter is not None:  # it may hold some of the text back: one event, until it is sorted

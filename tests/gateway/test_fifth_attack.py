@@ -87,3 +87,10 @@ def test_a_call_that_comes_with_thoughts_is_no_thought(ids: list[int]) -> None:
     thought, called = deltas_of(call(), first([1, 15]), beside)[1:]
     assert (thought.kind, thought.text, thought.tool_calls) == (Kind.THINKING, "so", None)
     assert (called.kind, called.text, called.tool_calls) == (Kind.ANSWER, "", [{"index": 0}])
+
+
+@pytest.mark.parametrize("name", ["reasoning", "content"])
+def test_text_without_ids_is_counted(name: str) -> None:
+    """A list of ids that is empty makes no text free: neither the cap nor the hold would bound it."""
+    deltas = deltas_of(call(), first([1, 15]), *(event({name: f" w{i} x"}, []) for i in range(8)))
+    assert sum(delta.thinking + delta.answer for delta in deltas) == 16
