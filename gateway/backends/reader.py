@@ -368,8 +368,10 @@ def build_chunk(
     return msgspec.json.encode(chunk)
 
 
-def read_usage(body: UsageBody) -> Usage:
-    """`usage` as the gateway keeps it."""
+def read_usage(body: UsageBody) -> Usage | None:
+    """`usage` as the gateway keeps it; None: all zeros, which says nothing, for every prompt has tokens."""
+    if not (body.prompt_tokens or body.completion_tokens):
+        return None
     prompt, completion = body.prompt_tokens_details, body.completion_tokens_details
     return Usage(
         prompt_tokens=body.prompt_tokens,
