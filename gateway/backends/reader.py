@@ -182,7 +182,7 @@ class StreamReader:
         if len(found) > 1:
             self._cut(chunk, delta, found, body.role, out)
             return
-        _say(delta, pieces, is_open=is_inline and state.splitter is not None and state.splitter.is_open)
+        _say(delta, pieces, is_held=state.pending > 0 and state.splitter is not None and state.splitter.is_open)
         self._show(chunk, delta, body.role)
         if not is_inline:
             self._settle_kind(chunk, delta, split, was_open=was_open, role=body.role)
@@ -319,12 +319,15 @@ def _by_ids(meter: ThinkingMeter, ids: list[int], *, is_thought: bool) -> Split:
     return split
 
 
-def _say(delta: Delta, pieces: list[Piece], *, is_open: bool) -> None:
-    """Kind and text of a delta of one kind; half a character has no text, and is to be hidden like all thoughts."""
+def _say(delta: Delta, pieces: list[Piece], *, is_held: bool) -> None:
+    """Kind and text of a delta of one kind; half a character has no text, and is to be hidden like all thoughts.
+
+    `is_held`: what the event says is a thought, and held back.
+    """
     said = [piece for piece in pieces if piece[0] is not Kind.INJECTED]
     if said:
         delta.kind, delta.text = said[0][0], "".join(text for _, text in said)
-    elif delta.thinking or (is_open and not pieces and delta.tool_calls is None):
+    elif delta.thinking or (is_held and delta.tool_calls is None):
         delta.kind = Kind.THINKING
     elif pieces:
         delta.kind = Kind.INJECTED
@@ -365,8 +368,10 @@ def build_chunk(
     return msgspec.json.encode(chunk)
 
 
-def read_usage(body: UsageBody) -> Usage:
-    """`usage` as the gateway keeps it."""
+def read_usage(body: UsageBody) -> Usage | None:
+    """`usage` as the gateway keeps it; None: all zeros, which says nothing, for every prompt has tokens."""
+    if not (body.prompt_tokens or body.completion_tokens):
+        return None
     prompt, completion = body.prompt_tokens_details, body.completion_tokens_details
     return Usage(
         prompt_tokens=body.prompt_tokens,

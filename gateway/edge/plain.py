@@ -41,7 +41,15 @@ class _Message(Struct):
 class _Choice(Struct):
     index: int
     message: _Message | None = None
+    text: Raw = NULL
     token_ids: list[int] | None = None
+
+    def words(self) -> tuple[int, int]:
+        """The least tokens that its thinking and its answer can have."""
+        message = self.message
+        said = msgspec.json.decode(self.text if message is None else message.content)
+        thought = "" if message is None else message.reasoning or message.reasoning_content or ""
+        return at_least(thought), at_least(said) if isinstance(said, str) and said else 1
 
 
 class _Body(Struct):
@@ -82,6 +90,9 @@ class PlainAnswer:
         for choice in self._typed.choices:
             if choice.token_ids is None:
                 self._has_stray_thinking |= choice.message is not None and choice.message.has_thinking()
+                if tally.usage is None:
+                    thought, said = choice.words()
+                    tally.wasted, tally.answer = tally.wasted + thought, tally.answer + said
                 continue
             tally.has_ids = True
             if self._markers is None or choice.message is None:
@@ -104,11 +115,9 @@ class PlainAnswer:
         if tally.usage.reasoning_tokens is not None:
             return tally.usage.reasoning_tokens
         tally.is_guess = True
-        texts = [choice.message for choice in self._typed.choices if choice.message is not None]
-        thought = sum(at_least(text.reasoning or text.reasoning_content or "") for text in texts)
-        answers = [msgspec.json.decode(text.content) for text in texts]
-        said = sum(at_least(answer) for answer in answers if isinstance(answer, str))
-        return -(-tally.usage.completion_tokens * thought // max(1, thought + said))
+        words = [choice.words() for choice in self._typed.choices]
+        thought, said = sum(thought for thought, _ in words), sum(said for _, said in words)
+        return -(-tally.usage.completion_tokens * thought // (thought + said))
 
     def require(self, choices: int) -> None:
         """Raises: UpstreamError when choices are missing."""

@@ -142,13 +142,16 @@ class ChunkEncoder:
         # Where the backend gives the role itself, it may come with a thought.
         has_role = delta.index not in self._seen and (not self._wire_seen or b'"role":' in delta.wire)
         if is_thinking and self._exclude:
-            prompt = delta.prompt_token_ids if self._ids else None
-            if delta.finish_reason is None and prompt is None and not (has_role and delta.wire):
+            if delta.finish_reason is None and delta.prompt_token_ids is None and not (has_role and delta.wire):
                 return b""
             # With the text go its ids and logprobs, which spell it.
             text = ""
-            finish, stop = delta.finish_reason, delta.stop_reason
-            delta = Delta(delta.index, finish_reason=finish, stop_reason=stop, prompt_token_ids=prompt, wire=delta.wire)
+            delta = Delta(
+                delta.index,
+                finish_reason=delta.finish_reason,
+                stop_reason=delta.stop_reason,
+                prompt_token_ids=delta.prompt_token_ids,
+            )
         if self._surface == "completions":
             return self._build_completion(delta, text)
         fields: dict[str, Any] = {}

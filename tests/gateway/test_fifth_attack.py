@@ -14,7 +14,7 @@ from tests.gateway.test_strange_backends import call, event, first
 from tests.gateway.test_strange_backends import read as deltas_of
 from tests.gateway.test_third_attack import events, read, soft, used
 from tests.scripted_backend import ScriptedBackend
-from tests.scripted_script import Script
+from tests.scripted_script import Reply, Script
 from tests.scripted_stream import END_OF_SEQUENCE, Model, Say, byte_tokens, tokens
 
 pytestmark = pytest.mark.anyio
@@ -94,3 +94,21 @@ def test_text_without_ids_is_counted(name: str) -> None:
     """A list of ids that is empty makes no text free: neither the cap nor the hold would bound it."""
     deltas = deltas_of(call(), first([1, 15]), *(event({name: f" w{i} x"}, []) for i in range(8)))
     assert sum(delta.thinking + delta.answer for delta in deltas) == 16
+
+
+@pytest.mark.parametrize("usage", [None, used(0, 0, 0)], ids=["none", "zeros"])
+@BODIES
+async def test_an_answer_without_a_usage_is_not_free(scripted: ScriptedBackend, body: Json, usage: Json | None) -> None:
+    """It is counted by its words, and its prompt by its size: no budget outlives a backend that says nothing."""
+    if body is STREAM:
+        reply = events({"reasoning": " t0 t1"}, {"content": "it is 42"}, usage=usage or used(0, 0))
+    else:
+        message = {"role": "assistant", "content": "it is 42", "reasoning": " t0 t1"}
+        whole = {"id": "c", "created": 1, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        reply = Reply(body=json.dumps({**whole, "usage": usage}).encode())
+    _, said, report = read(await soft(scripted, {**body, "thinkgate": {"mode": "instant"}}, reply))
+    counts = report["tokens"]
+    assert said == "it is 42"
+    assert (counts["answer"], counts["wasted"], report["counted"]) == (3, 2, "estimated")
+    assert 0 < counts["prompt"] < report["hold"]["tokens"]
+    assert report["settled"]["tokens"] == sum(counts.values())
