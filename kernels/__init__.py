@@ -1,1 +1,1 @@
-"""What runs near the tensors: the embedded engine, later the trie KV cache and tree attention."""
+"""What runs near the tensors: the embedded engine, the trie of KV blocks and tree attention."""

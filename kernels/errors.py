@@ -5,6 +5,7 @@ KernelError
 ├── QueueFull            as many requests wait as the engine admits; retryable
 ├── EngineClosed         the engine is shutting down; retryable elsewhere
 ├── ModelUnusable        the model folder cannot be loaded or lacks what serving needs
+├── PoolExhausted        the KV cache has no block left that nobody needs
 └── GenerationFailed     this request broke inside the model; others go on
 """
 
@@ -47,6 +48,20 @@ class EngineClosed(KernelError):
 
 class ModelUnusable(KernelError):
     """The model cannot be loaded or lacks what serving needs."""
+
+
+class PoolExhausted(KernelError):
+    """The KV cache has no block left that nobody needs; it goes on when a branch is closed.
+
+    Attributes:
+        wanted: blocks that were asked for.
+        room: blocks that there were.
+    """
+
+    def __init__(self, *, wanted: int, room: int) -> None:
+        super().__init__(f"{wanted} KV blocks are wanted, and there is room for {room}")
+        self.wanted = wanted
+        self.room = room
 
 
 class GenerationFailed(KernelError):
