@@ -126,7 +126,7 @@ class Prefill:
         factor: more than 1, since whoever comes after us waits for it, too.
     """
 
-    factor: float = 8.0
+    factor: float = 5.0
 
     def cost(self, candidate: Candidate, prompt_tokens: int) -> float:
         """See the protocol."""
@@ -149,8 +149,8 @@ class Queue:
     A call in flight slows every step by a little; one that waits says that there is no room at all.
     """
 
-    call_tokens: float = 1024.0
-    waiting_tokens: float = 2048.0
+    call_tokens: float = 256.0
+    waiting_tokens: float = 1024.0
 
     def cost(self, candidate: Candidate, prompt_tokens: int) -> float:  # noqa: ARG002  # the same for any prompt
         """See the protocol."""
@@ -191,7 +191,7 @@ class Affinity:
     Worth less than a single cached block, it decides where nothing is known.
     """
 
-    away_tokens: float = 320.0
+    away_tokens: float = 160.0
 
     def cost(self, candidate: Candidate, prompt_tokens: int) -> float:  # noqa: ARG002  # the same for any prompt
         """See the protocol."""
