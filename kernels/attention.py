@@ -112,13 +112,13 @@ def _attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> tup
     keys, values = (_gather(each, padded).to(q.dtype).transpose(1, 2) for each in (k, v))
     queries = q.permute(0, 2, 1, 3, 4).reshape(count, kv_heads, rows * group, dim)
     scores = queries @ keys.transpose(-1, -2)
-    is_padding = torch.arange(scores.shape[-1], device=q.device) >= lengths[:, None]
-    scores = scores.masked_fill(is_padding[:, None, None], -torch.inf)
     if any(span.tokens < scores.shape[-1] for span in spans):
+        is_padding = torch.arange(scores.shape[-1], device=q.device) >= lengths[:, None]
+        scores = scores.masked_fill(is_padding[:, None, None], -torch.inf)
         # A slot that was never written may hold anything, and 0 * NaN is NaN.
         values = values.masked_fill(is_padding[:, None, :, None], 0)
     lse = scores.logsumexp(-1)
-    out = (scores - lse.unsqueeze(-1)).exp() @ values
+    out = scores.sub_(lse.unsqueeze(-1)).exp_() @ values
     back = out.reshape(count, kv_heads, rows, group, dim).permute(0, 2, 1, 3, 4)
     return back, lse.reshape(count, kv_heads, rows, group).permute(0, 2, 1, 3)
 
