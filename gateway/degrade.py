@@ -49,6 +49,27 @@ class Request(NamedTuple):
     models: Mapping[str, Model]
     config: Config
 
+    def hear(self) -> Heard:
+        """What it says."""
+        return hear(self.body, self.surface, self.models, self.config)
+
+    def again(self, before: Prepared, heard: Heard) -> Prepared | None:
+        """Decided anew; its text is what it was, so nobody asks that again. None for what cannot be had that way."""
+        verdict = before.decision.verdict
+        try:
+            return decide(
+                heard._replace(read=None if verdict is None else lambda _key, _model: verdict),
+                len(self.body),
+                self.surface,
+                self.key,
+                self.models,
+                self.config,
+                request_id=before.call.request_id,
+                trace=before.call.trace_headers,
+            )
+        except (InvalidRequest, PermissionDenied):
+            return None
+
 
 def one_step_down(request: Request, refused: Prepared, hold: Hold, why: HoldRefused) -> Prepared | None:
     """The request with less thinking, after a hold was refused.
@@ -82,8 +103,7 @@ class _Ladder:
         self._request = request
         self._refused = refused
         self._why = why
-        heard = hear(request.body, request.surface, request.models, request.config)
-        self._raw, self._media_parts = heard.raw, heard.media_parts
+        self._heard = request.hear()
         self.left = {unit: found.remaining for unit in UNITS if (found := hold.remaining(unit)) is not None}
 
     def needs(self, instant: Prepared | None) -> Needs:
@@ -145,22 +165,12 @@ class _Ladder:
 
     def _prepared(self, ask: Ask, cap: int, *, effort: str | None = None) -> Prepared | None:
         """Decided anew; None for what cannot be had that way."""
-        call, request = self._refused.call, self._request
-        raw, verdict = self._raw if effort is None else _with_effort(self._raw, effort), self._refused.decision.verdict
-        heard = Heard(ask, raw, self._media_parts, read=None if verdict is None else lambda _key, _model: verdict)
-        try:
-            lower = decide(
-                heard,
-                len(request.body),
-                request.surface,
-                request.key,
-                request.models,
-                request.config,
-                request_id=call.request_id,
-                trace=call.trace_headers,
-            )
-        except (InvalidRequest, PermissionDenied):
-            return None  # and so refused for its limits, as it would have been anyway
+        call, heard = self._refused.call, self._heard._replace(ask=ask)
+        if effort is not None:
+            heard = heard._replace(raw=_with_effort(heard.raw, effort))
+        lower = self._request.again(self._refused, heard)
+        if lower is None:  # and so refused for its limits, as it would have been anyway
+            return None
         before = self._refused.cap.tokens
         return lower if before is None else self._within(lower, max(1, call.max_tokens - (before - cap)))
 
@@ -185,7 +195,7 @@ class _Ladder:
         return self._ceiling(refused, 0, refused.call.max_tokens - cap, aside)
 
     def _ceiling(self, prepared: Prepared, cap: int | None, max_tokens: int, aside: tuple[int, int]) -> Amounts:
-        size, media_parts = len(self._request.body), self._media_parts
+        size, media_parts = len(self._request.body), self._heard.media_parts
         most = max_tokens + prepared.slack
         return ceiling_of(prepared.ask, prepared.model, cap, most, aside, body_bytes=size, media_parts=media_parts)
 

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from gateway.ask.hear import hear
 from gateway.edge.extension import Degraded
-from gateway.errors import GatewayError, InvalidRequest, PermissionDenied
-from gateway.prepare import decide
 
 if TYPE_CHECKING:
     from gateway.degrade import Request
+    from gateway.errors import GatewayError
     from gateway.prepare import Prepared
 
 
@@ -51,23 +49,11 @@ class Fallbacks:
         """The same, where a model of the chain could not be held; None at its end, and before it was begun."""
         if self._why is None or not self._left:
             return None
-        request, asked, call = self._request, self._asked, self._asked.call
-        heard, verdict = hear(request.body, request.surface, request.models, request.config), asked.decision.verdict
-        read = None if verdict is None else lambda _key, _model: verdict
+        asked, heard = self._asked, self._request.hear()
         while self._left:
             name = self._left.pop(0)
-            try:
-                found = decide(
-                    heard._replace(ask=replace(asked.ask, model=name), read=read),
-                    len(request.body),
-                    request.surface,
-                    request.key,
-                    request.models,
-                    request.config,
-                    request_id=call.request_id,
-                    trace=call.trace_headers,
-                )
-            except (InvalidRequest, PermissionDenied):
+            found = self._request.again(asked, heard._replace(ask=replace(asked.ask, model=name)))
+            if found is None:
                 continue  # not for this key, or not with what the request asks for
             told = Degraded(step="model", was=asked.model.name, to=name, scope=asked.model.scope, unit=self._why)
             return replace(found, degraded=(told,))
