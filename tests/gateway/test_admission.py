@@ -112,7 +112,7 @@ async def test_time_in_which_nobody_waited_is_no_wait() -> None:
 
 @pytest.mark.parametrize("how", ["down", "open"])
 async def test_a_backend_that_takes_no_calls_is_no_room(how: str) -> None:
-    """Calls wait for the full one where the other is down or behind its breaker; where no backend is left they do not."""
+    """Calls wait for the full one where the other is down or behind its breaker; where none is left they do not."""
     backends = [{"id": name, "url": f"http://127.0.0.1:{port}"} for port, name in enumerate("ab", 1)]
     model = models_of(config_of({"backends": backends}))["qwen"]
     admission, (full, other) = model.admission, model.slots
