@@ -42,8 +42,8 @@ class Admission:
         self.name, self._clock = name, clock
         self._queue: FairQueue[Turn] = FairQueue(config.max_waiting)
         self._called = 0  # whose turn it is, and who have not been placed yet
-        self._turn_s = 0.0  # between two turns, as of late
-        self._last_turn_s: float | None = None
+        self._turn_s = 0.0  # between two turns, as of late, while calls waited
+        self._since_s = 0.0  # since then they wait for the next turn
         self.waited_s = 0.0
         self.waited = self.shed = 0
         self.use(slots, config)
@@ -79,6 +79,8 @@ class Admission:
         if deadline_s is not None and now_s + expected_s > deadline_s:
             raise DeadlinePassed("The envelope's seconds would pass before a backend has room.")
         turn: Turn = asyncio.get_running_loop().create_future()
+        if not len(self._queue):
+            self._since_s = now_s
         try:
             ticket, dropped = self._queue.push(turn, tenant, priority=priority, tokens=tokens, now_s=now_s)
         except QueueFull:
@@ -120,14 +122,17 @@ class Admission:
         )
 
     def _room(self) -> int:
-        """Calls that may go on now; more than any number where a backend has no limit."""
-        room = -self._called
+        """Calls that may go on now; more than any number where a usable backend has no limit, or none is usable."""
+        room, is_any_usable, now_s = -self._called, False, self._clock()
         for slot in self._slots:
+            if not slot.is_up or not slot.breaker.allows(now_s):
+                continue  # what it cannot take, the others would get
+            is_any_usable = True
             limit = slot.standing.limit
-            if limit is None or not slot.is_up:
+            if limit is None:
                 return 1 << 30
             room += max(0, limit - slot.in_flight)
-        return room
+        return room if is_any_usable else 1 << 30
 
     def _pump(self) -> None:
         """Call those whose turn it is."""
@@ -140,6 +145,5 @@ class Admission:
             self._called += 1
             ticket.item.set_result(None)
             now_s = self._clock()
-            if self._last_turn_s is not None:
-                self._turn_s += FORGET * (min(now_s - self._last_turn_s, 60.0) - self._turn_s)
-            self._last_turn_s = now_s
+            self._turn_s += FORGET * (now_s - self._since_s - self._turn_s)
+            self._since_s = now_s

@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from gateway.errors import UpstreamError
+
 if TYPE_CHECKING:
     from gateway.backends.http import Pool
 
 MOST_BYTES = 4 * 1024 * 1024
-_WAITING = re.compile(rb"^vllm:num_requests_waiting(?:\{[^}]*\})? ([0-9.e+]+)", re.MULTILINE)
-_RUNNING = re.compile(rb"^vllm:num_requests_running(?:\{[^}]*\})? ([0-9.e+]+)", re.MULTILINE)
-_KV_USE = re.compile(rb"^vllm:(?:kv_cache|gpu_cache)_usage_perc(?:\{[^}]*\})? ([0-9.e+-]+)", re.MULTILINE)
+MOST = 1e12  # of anything; what says more is not believed
+_WAITING = re.compile(rb"^vllm:num_requests_waiting(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+_RUNNING = re.compile(rb"^vllm:num_requests_running(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+_KV_USE = re.compile(rb"^vllm:(?:kv_cache|gpu_cache)_usage_perc(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 _CACHE = re.compile(rb"^vllm:cache_config_info\{([^}]*)\}", re.MULTILINE)
 
 
@@ -36,29 +39,43 @@ class Load(NamedTuple):
 
 def parse_load(text: bytes) -> Load | None:
     """The reading in a text exposition, engines of one server added up; None where there is none."""
-    waiting = _WAITING.findall(text)
+    waiting = _numbers(_WAITING, text)
     if not waiting:
         return None
-    use = [float(value) for value in _KV_USE.findall(text)]
     sizes = [_tokens(labels) for labels in _CACHE.findall(text)]
     return Load(
-        running=int(sum(map(float, _RUNNING.findall(text)))),
-        waiting=int(sum(map(float, waiting))),
-        kv_use=max(use, default=0.0),
-        cache_tokens=sum(sizes) or None,
+        running=int(sum(_numbers(_RUNNING, text))),
+        waiting=int(sum(waiting)),
+        kv_use=min(1.0, max(_numbers(_KV_USE, text), default=0.0)),
+        cache_tokens=int(min(sum(sizes), MOST)) or None,
     )
 
 
-def _tokens(labels: bytes) -> int:
-    found = {name: int(value) for name, value in re.findall(rb'(num_gpu_blocks|block_size)="(\d+)"', labels)}
-    return found.get(b"num_gpu_blocks", 0) * found.get(b"block_size", 0)
+def _numbers(series: re.Pattern[bytes], text: bytes) -> list[float]:
+    """Its values, without those that cannot be: a server that says nonsense has said nothing."""
+    return [number for value in series.findall(text) if (number := _number(value)) is not None]
+
+
+def _number(value: bytes) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if 0 <= number <= MOST else None
+
+
+def _tokens(labels: bytes) -> float:
+    found = {name: _number(value) for name, value in re.findall(rb'(num_gpu_blocks|block_size)="(\d+)"', labels)}
+    return (found.get(b"num_gpu_blocks") or 0.0) * (found.get(b"block_size") or 0.0)
 
 
 async def read_load(pool: Pool) -> Load | None:
-    """Ask a server; None if it has no such metrics. Raises: UpstreamError, DeadlinePassed."""
+    """Ask a server; None if it has no such metrics. Raises: UpstreamError, also for a 5xx; DeadlinePassed."""
     connection = await pool.send("/metrics", b"", method="GET")
     try:
         body = await connection.read_all(MOST_BYTES)
+        if connection.status >= 500:
+            raise UpstreamError(f"The backend answered /metrics with status {connection.status}.")
         return parse_load(body) if connection.status == 200 else None
     finally:
         connection.release()

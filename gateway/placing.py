@@ -16,7 +16,7 @@ import msgspec
 
 from router.health import outliers, slow_start
 from router.placement import Candidate, home, place
-from router.prefix import BLOCK_BYTES, Agreement, Predicted, byte_chain, seed
+from router.prefix import BLOCK_BYTES, MOST_BLOCKS, Agreement, Predicted, byte_chain, seed
 
 if TYPE_CHECKING:
     from gateway.backends.port import Call
@@ -72,12 +72,16 @@ class Standing:
             if in_flight * 2 < self.limit:
                 self.limit = None
         if load.cache_tokens:
-            self.cache.resize(int(load.cache_tokens * bytes_per_token) // BLOCK_BYTES)
+            self.cache.resize(min(int(load.cache_tokens * bytes_per_token) // BLOCK_BYTES, MOST_BLOCKS))
+
+    def unhear(self) -> None:
+        """It says nothing any more, so what it said last holds no longer."""
+        self.waiting, self.kv_use, self.limit = 0, 0.0, None
 
     def forget(self) -> None:
         """It was lost: its cache is gone, and what it said of itself."""
         self.cache.clear()
-        self.waiting, self.kv_use, self.limit = 0, 0.0, None
+        self.unhear()
 
 
 class Prompt:
@@ -142,6 +146,7 @@ class Prompt:
         self._placing.learn(self.bytes / prompt_tokens)
         if cached_tokens is None:
             return
+        cached_tokens = min(cached_tokens, prompt_tokens)  # one that says more would be believed for long
         predicted = min(prompt_tokens, round(self._predicted / self.bytes * prompt_tokens))
         standing.agreement.add(predicted, cached_tokens, prompt_tokens)
         for i, tokens in enumerate((prompt_tokens, predicted, cached_tokens)):

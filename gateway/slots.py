@@ -31,6 +31,7 @@ PROBE_AGAIN_S = 2.0
 TRUST_AGAIN_S = 60.0
 MOST_TRIED = 1024
 TRUST_AGAIN_MOST_S = 3600.0
+SILENT_POLLS = 30
 
 
 class Tried:
@@ -153,21 +154,23 @@ class Slot:
             await self._drained.wait()
 
     async def follow_load(self, poll_s: float, most_waiting: int, bytes_per_token: Callable[[], float]) -> None:
-        """Ask what it says of its own load, every `poll_s`, while it is up; until it proves to say nothing."""
+        """Ask what it says of its own load, every `poll_s`, while it is up; more seldom while it says nothing."""
+        pause_s = poll_s
         while isinstance(self.backend, HttpBackend):
-            await asyncio.sleep(poll_s)
+            await asyncio.sleep(pause_s)
+            pause_s = poll_s
             if not self.is_up:
                 continue
+            load = None
             try:
                 load = await read_load(self.backend.pool)
-            except GatewayError:
-                self.standing.waiting, self.standing.kv_use = 0, 0.0  # its calls will tell
-                self.standing.limit = None
-                self.became_free()
-                continue
+                pause_s = poll_s if load is not None else poll_s * SILENT_POLLS
+            except GatewayError as exc:
+                log.debug("load not read", extra={"backend": self.config.id, "reason": exc.message})
             if load is None:
-                return
-            self.standing.hear(load, bytes_per_token(), self.in_flight, most_waiting)
+                self.standing.unhear()  # its calls will tell
+            else:
+                self.standing.hear(load, bytes_per_token(), self.in_flight, most_waiting)
             self.became_free()
 
     async def _wait_down(self, pause_s: float) -> None:

@@ -1,20 +1,21 @@
-"""Who goes next when the backends of a model are full: classes first, fairness between tenants within a class. Pure.
+"""Who goes next when the backends of a model are full: fairness between tenants, classes within a tenant. Pure.
 
-Owns: the bounded queue of one model. Within a class the tenant that was served the fewest tokens goes first (virtual
-token counter, Sheng et al., OSDI 2024), and of a tenant's calls the oldest. A tenant that comes back from idling begins
-where the others are: what it did not use is not saved up. Time is passed in. All operations O(log n), amortised.
+Owns: the bounded queue of one model. The tenant that was served the fewest tokens goes first (virtual token counter,
+Sheng et al., OSDI 2024), and of its calls the best class, then the oldest. Anybody may ask for a class, so it overtakes
+no other tenant; but calls that give way (priority above 0) wait for all others. A tenant that comes back from idling
+begins where the others are: what it did not use is not saved up. Time is passed in. All operations O(log n), amortised.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 MOST_IDLE = 1024  # tenants that are remembered beyond those that wait
+FEW = 64  # that are gone are not worth tidying up
 
 
 class QueueFull(Exception):
@@ -28,7 +29,7 @@ class Ticket(Generic[T]):
     Attributes:
         item: what is handed back when it is its turn.
         tenant: whose it is.
-        priority: its class; lower goes first.
+        priority: its class; lower goes first, within its tenant; above 0 it gives way to all others.
         tokens: what it is charged for, about.
         since_s: when it came.
         is_gone: served, dropped or left.
@@ -43,10 +44,19 @@ class Ticket(Generic[T]):
 
 
 @dataclass(slots=True)
-class _Class(Generic[T]):
-    """The calls of one class: a line per tenant, and the tenants by what they were served."""
+class _Line(Generic[T]):
+    """One tenant's calls of one class, the next one first; some of them may be gone."""
 
-    lines: dict[str, deque[Ticket[T]]] = field(default_factory=dict)
+    number: int  # of its place in the order; other places of this tenant there are old
+    calls: list[tuple[int, int, Ticket[T]]] = field(default_factory=list)
+    waiting: int = 0
+
+
+@dataclass(slots=True)
+class _Class(Generic[T]):
+    """The calls that give way alike: a line per tenant, and the tenants by what they were served."""
+
+    lines: dict[str, _Line[T]] = field(default_factory=dict)
     order: list[tuple[float, int, str]] = field(default_factory=list)
 
 
@@ -61,6 +71,7 @@ class FairQueue(Generic[T]):
         self.most = most
         self._classes: dict[int, _Class[T]] = {}
         self._served: dict[str, float] = {}
+        self._most_served = MOST_IDLE
         self._level = 0.0
         self._counts: dict[str, int] = {}
         self._largest: list[tuple[int, str]] = []
@@ -76,46 +87,44 @@ class FairQueue(Generic[T]):
         """Let a call wait; its ticket, and the item that had to go for it, if one had to. Raises: QueueFull."""
         dropped = self._make_room(tenant) if self._size >= self.most else None
         ticket = Ticket(item, tenant, priority, max(1, tokens), now_s)
-        found = self._classes.setdefault(priority, _Class())
+        found = self._classes.setdefault(max(0, priority), _Class())
         line = found.lines.get(tenant)
         if line is None:
-            line = found.lines[tenant] = deque()
-            served = self._served[tenant] = max(self._served.get(tenant, 0.0), self._level)
-            heapq.heappush(found.order, (served, next(self._number), tenant))
-        line.append(ticket)
+            self._set_served(tenant, max(self._served.get(tenant, 0.0), self._level))
+            line = found.lines[tenant] = _Line(0)
+            self._place(found, tenant, line)
+        heapq.heappush(line.calls, (priority, next(self._number), ticket))
+        line.waiting += 1
         newest = self._newest.setdefault(tenant, [])
         newest.append(ticket)
-        if len(newest) > 2 * self._counts.get(tenant, 0) + 64:
+        if len(newest) > 2 * self._counts.get(tenant, 0) + FEW:
             self._newest[tenant] = [each for each in newest if not each.is_gone]
         self._count(tenant, 1)
         return ticket, dropped
 
     def pop(self) -> Ticket[T] | None:
         """Whose turn it is; the tenant is charged. None when nobody waits."""
-        for priority in sorted(self._classes):
-            found = self._classes[priority]
+        for gives_way in sorted(self._classes):
+            found = self._classes[gives_way]
             while found.order:
                 served, number, tenant = heapq.heappop(found.order)
-                line = found.lines[tenant]
-                while line and line[0].is_gone:
-                    line.popleft()
-                if not line:
-                    del found.lines[tenant]
+                line = found.lines.get(tenant)
+                if line is None or line.number != number:
                     continue
                 current = self._served[tenant]
                 if served < current:  # it was charged in another class meanwhile
                     heapq.heappush(found.order, (current, number, tenant))
                     continue
-                ticket = line.popleft()
+                while line.calls[0][2].is_gone:
+                    heapq.heappop(line.calls)
+                ticket = line.calls[0][2]
                 self._level = max(self._level, current)
                 self.charge(tenant, ticket.tokens)
-                if line:
-                    heapq.heappush(found.order, (self._served[tenant], next(self._number), tenant))
-                else:
-                    del found.lines[tenant]
                 self._leave(ticket)
+                if line.waiting:
+                    self._place(found, tenant, line)
                 return ticket
-            del self._classes[priority]
+            del self._classes[gives_way]
         return None
 
     def cancel(self, ticket: Ticket[T]) -> None:
@@ -125,14 +134,35 @@ class FairQueue(Generic[T]):
 
     def charge(self, tenant: str, tokens: int) -> None:
         """A tenant was served so many tokens, or, below 0, fewer than it was charged for."""
-        self._served[tenant] = max(self._served.get(tenant, 0.0), self._level if tokens > 0 else 0.0) + tokens
-        if len(self._served) > 2 * (len(self._counts) + MOST_IDLE):
-            self._served = {
-                name: served for name, served in self._served.items() if name in self._counts or served > self._level
-            }
+        at_least = self._level if tokens > 0 else 0.0
+        self._set_served(tenant, max(self._served.get(tenant, 0.0), at_least) + tokens)
+
+    def _set_served(self, tenant: str, served: float) -> None:
+        self._served[tenant] = served
+        if len(self._served) > self._most_served:
+            keep = {name for name, each in self._served.items() if each > self._level} | self._counts.keys() | {tenant}
+            self._served = {name: self._served[name] for name in keep if name in self._served}
+            self._most_served = 2 * len(self._served) + MOST_IDLE
+
+    def _place(self, found: _Class[T], tenant: str, line: _Line[T]) -> None:
+        """Put a line where it belongs by what its tenant was served."""
+        line.number = next(self._number)
+        heapq.heappush(found.order, (self._served[tenant], line.number, tenant))
+        if len(found.order) > 2 * len(found.lines) + FEW:
+            lines = found.lines
+            found.order = [each for each in found.order if each[2] in lines and lines[each[2]].number == each[1]]
+            heapq.heapify(found.order)
 
     def _leave(self, ticket: Ticket[T]) -> None:
         ticket.is_gone = True
+        lines = self._classes[max(0, ticket.priority)].lines
+        line = lines[ticket.tenant]
+        line.waiting -= 1
+        if not line.waiting:
+            del lines[ticket.tenant]
+        elif len(line.calls) > 2 * line.waiting + FEW:
+            line.calls = [call for call in line.calls if not call[2].is_gone]
+            heapq.heapify(line.calls)
         self._count(ticket.tenant, -1)
 
     def _count(self, tenant: str, by: int) -> None:
@@ -141,7 +171,7 @@ class FairQueue(Generic[T]):
         if count:
             self._counts[tenant] = count
             heapq.heappush(self._largest, (-count, tenant))
-            if len(self._largest) > 4 * self.most + 64:
+            if len(self._largest) > 4 * self.most + FEW:
                 self._largest = [(-n, name) for name, n in self._counts.items()]
                 heapq.heapify(self._largest)
         else:

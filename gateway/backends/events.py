@@ -95,7 +95,8 @@ class ChoiceBody(Struct):
     stop_reason: Any = None
 
 
-TokenCount = Annotated[int, msgspec.Meta(ge=0)]
+# No answer has as many tokens, and what has more digits than a float can hold breaks sums with it.
+TokenCount = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
 class PromptDetails(Struct):

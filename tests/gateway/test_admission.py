@@ -96,6 +96,37 @@ async def test_nobody_waits_beyond_the_deadline_or_in_vain() -> None:
     assert len(admission) == 0
 
 
+async def test_time_in_which_nobody_waited_is_no_wait() -> None:
+    """What is expected follows from turns that were waited for: after a quiet hour a short deadline is no reason."""
+    admission, log = admission_of(1), list[str]()
+    clock: Any = admission._clock
+    for _ in range(5):
+        await asyncio.gather(served(admission, "a0", log), served(admission, "a1", log))
+        clock.now_s += 3600
+    with admission._slots[0]:
+        waiting = asyncio.create_task(admission.enter("a", priority=0, tokens=1, deadline_s=clock.now_s + 5))
+        await asyncio.sleep(0)
+        assert len(admission) == 1
+    await waiting
+
+
+@pytest.mark.parametrize("how", ["down", "open"])
+async def test_a_backend_that_takes_no_calls_is_no_room(how: str) -> None:
+    """Calls wait for the full one where the other is down or behind its breaker; where none is left they do not."""
+    backends = [{"id": name, "url": f"http://127.0.0.1:{port}"} for port, name in enumerate("ab", 1)]
+    model = models_of(config_of({"backends": backends}))["qwen"]
+    admission, (full, other) = model.admission, model.slots
+    full.standing.limit = 0
+    assert admission.is_open()
+    if how == "down":
+        other.mark_down("gone")
+    else:
+        other.breaker.open(other.clock())
+    assert not admission.is_open()
+    full.mark_down("gone")
+    assert admission.is_open()
+
+
 def test_a_backend_is_full_by_its_own_account_only() -> None:
     """Calls that wait there lower its limit by as many as are too many; once none does the limit rises and goes."""
     standing = models_of(config_of())["qwen"].slots[0].standing

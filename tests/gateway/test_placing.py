@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -14,8 +15,11 @@ from gateway.load import Load, parse_load
 from gateway.models import Model
 from gateway.placing import Prompt
 from gateway.slots import Slot
-from router.prefix import Agreement
+from router.prefix import MOST_BLOCKS, Agreement
+from tests.gateway.live import DEADLINE_S, INSTANT, ask, live, tree_of
 from tests.gateway.still import config_of, key, models_of, prepared, sent
+from tests.scripted_backend import ScriptedBackend
+from tests.scripted_script import Reply
 
 BACKENDS = [{"id": name, "url": f"http://127.0.0.1:{port}"} for port, name in enumerate("abc", 1)]
 METRICS = b"""# HELP vllm:num_requests_running x
@@ -39,6 +43,14 @@ class Clock:
     def __call__(self) -> float:
         """The time."""
         return self.now_s
+
+
+POLLED = {"placement": {"poll_s": 0.001}}
+
+
+def metrics(text: bytes) -> Reply:
+    """An answer of /metrics."""
+    return Reply(body=text, content_type="text/plain")
 
 
 def model_of(count: int = 3, **routing: Any) -> Model:
@@ -200,3 +212,45 @@ def test_trust_needs_enough_calls_to_be_lost() -> None:
     assert agreement.is_trusted
     agreement.add(1000, 0, 1000)
     assert not agreement.is_trusted
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"vllm:num_requests_waiting 1e999\n",
+        b"vllm:num_requests_waiting 1.2.3\n",
+        b"vllm:num_requests_waiting NaN\n",
+        b"vllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc e\n",
+        b'vllm:num_requests_waiting 0\nvllm:cache_config_info{num_gpu_blocks="%b",block_size="16"} 1\n' % (b"9" * 5000),
+        b'vllm:num_requests_waiting 0\nvllm:cache_config_info{num_gpu_blocks="%b",block_size="9"} 1\n' % (b"9" * 12),
+    ],
+)
+def test_nonsense_in_metrics_is_as_good_as_nothing(lie: bytes) -> None:
+    """Numbers that cannot be are no load, and no size makes the index larger than it may be."""
+    load = parse_load(lie) or Load(0, 0, 0.0, None)
+    assert (load.running, load.waiting, load.kv_use) == (0, 0, 0.0)
+    standing = model_of(2).slots[0].standing
+    standing.hear(load, 4.0)
+    standing.cache.expect(range(2 * MOST_BLOCKS), 0.0)
+    assert len(standing.cache) <= MOST_BLOCKS
+
+
+def test_more_cached_than_there_was_counts_as_all_of_it() -> None:
+    """A backend's wild word about its cache is bounded by the prompt, in what is told and in what is trusted."""
+    model = model_of(2)
+    slot = served(model, "x" * 4000, usage=Usage(prompt_tokens=1000, completion_tokens=1, cached_tokens=10**9))
+    assert slot.standing.told[2] == 1000
+    assert slot.standing.agreement._wrong <= 1000
+
+
+async def test_a_server_whose_metrics_turn_into_nonsense_is_served_on(scripted: ScriptedBackend) -> None:
+    """It is polled on, what it said last holds no longer, and nothing of the gateway stops."""
+    scripted.routes["/metrics"] = metrics(b"vllm:num_requests_waiting 9\n")
+    async with ScriptedBackend() as other, live(tree_of(scripted, other, routing=POLLED)) as gateway:
+        async with asyncio.timeout(DEADLINE_S):
+            while gateway.slot().standing.limit is None:
+                await asyncio.sleep(0)
+            scripted.routes["/metrics"] = metrics(b"vllm:num_requests_waiting 1e999\n")
+            while gateway.slot().standing.limit is not None:
+                await asyncio.sleep(0)
+        assert (await ask(gateway, INSTANT)).status == 200

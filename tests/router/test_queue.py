@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.queue import FairQueue, QueueFull, Ticket
+from router.queue import FEW, MOST_IDLE, FairQueue, QueueFull, Ticket
 
 
 def pushed(queue: FairQueue[str], item: str, tenant: str = "a", *, priority: int = 0, tokens: int = 1) -> Ticket[str]:
@@ -37,11 +37,43 @@ def test_one_tenants_calls_go_in_order() -> None:
 
 
 def test_classes_go_first() -> None:
-    """A call of a better class overtakes all others, however late it came."""
+    """A call of a better class overtakes all others of its tenant, however late it came."""
     queue: FairQueue[str] = FairQueue(9)
     for name, priority in (("flex", 1), ("default", 0), ("priority", -1)):
         pushed(queue, name, priority=priority)
     assert order(queue) == ["priority", "default", "flex"]
+
+
+def test_nobody_overtakes_other_tenants_by_a_class() -> None:
+    """A tenant whose calls are all `priority` keeps others waiting no longer than with ordinary ones."""
+    queue: FairQueue[str] = FairQueue(99)
+    pushed(queue, "b0", "b")
+    for i in range(50):
+        pushed(queue, f"a{i}", "a", priority=-1)
+    assert "b0" in order(queue)[:2]
+
+
+def test_who_gives_way_waits_for_everybody() -> None:
+    """`flex` goes after the ordinary calls of all tenants, whoever was served less."""
+    queue: FairQueue[str] = FairQueue(99)
+    pushed(queue, "b0", "b", priority=1)
+    for i in range(5):
+        pushed(queue, f"a{i}", "a", tokens=100)
+    assert order(queue)[-1] == "b0"
+
+
+@pytest.mark.parametrize("tenants", [1, 5000])
+def test_who_left_takes_no_room(tenants: int) -> None:
+    """However many come and leave while nobody is served, memory is bounded by who waits."""
+    queue: FairQueue[str] = FairQueue(9)
+    stays = pushed(queue, "stays", "0")
+    for i in range(20_000):
+        queue.cancel(pushed(queue, "leaves", str(i % tenants)))
+    (lines,) = queue._classes.values()
+    held = len(lines.order) + len(lines.lines) + sum(len(line.calls) for line in lines.lines.values())
+    assert held + len(queue._newest["0"]) <= 4 * FEW + 9
+    assert len(queue._served) <= 2 * MOST_IDLE + 2
+    assert queue.pop() is stays
 
 
 def test_tenants_take_turns_by_tokens() -> None:
@@ -169,13 +201,15 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def pop(self) -> None:
-        """The next is served: of the best class, and of its tenant's calls there the oldest."""
+        """The next is served: one that need not give way, and of its tenant's best class the oldest."""
         ticket = self.queue.pop()
         if ticket is None:
             assert not self.waiting
             return
         assert self.waiting.pop(ticket.item) is ticket
-        assert all(other.priority >= ticket.priority for other in self.waiting.values())
+        assert all(max(0, other.priority) >= max(0, ticket.priority) for other in self.waiting.values())
+        own = [other for other in self.waiting.values() if other.tenant == ticket.tenant]
+        assert all(other.priority >= ticket.priority for other in own)
         line = [n for n, t in self.waiting.items() if (t.tenant, t.priority) == (ticket.tenant, ticket.priority)]
         assert all(ticket.item < n for n in line)
 
