@@ -251,7 +251,11 @@ class Metrics(Collector):
         waited = CounterMetricFamily("thinkgate_queue_seconds", "Time calls waited for a backend.", labels=("model",))
         shed = CounterMetricFamily("thinkgate_queue_shed", "Calls refused: too many waited.", labels=("model",))
         retried = CounterMetricFamily("thinkgate_retries", "Calls tried again elsewhere.", labels=("model",))
+        hedged = CounterMetricFamily("thinkgate_hedges", "Second tries, by who answered.", labels=("model", "first"))
         for model in self._models().values():
+            won, begun = (0, 0) if model.hedging is None else (model.hedging.won, model.hedging.begun)
+            hedged.add_metric((model.name, "first"), begun - won)
+            hedged.add_metric((model.name, "second"), won)
             retried.add_metric((model.name,), model.retried)
             waits.add_metric((model.name,), len(model.admission))
             waited.add_metric((model.name,), model.admission.waited_s)
@@ -266,4 +270,4 @@ class Metrics(Collector):
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
                 binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)
                 holds.add_metric((model.name, slot.config.id), float(binds))
-        yield from (up, calls, holds, breaker, trusted, prefix, retried, waits, waited, shed)
+        yield from (up, calls, holds, breaker, trusted, prefix, retried, hedged, waits, waited, shed)

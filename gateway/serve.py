@@ -304,7 +304,7 @@ class Answer:
             capped=run.tally.capped,
             cap=prepared.cap,
             tokens=counts,
-            hold=Spent.of(prepared.ceiling),
+            hold=Spent.of(run.hold.ceiling),
             settled=Spent.of(settled),
             cost_usd=settled.nano_usd / 1e9,
             backend=run.slot.config.id if run.slot is not None else "",

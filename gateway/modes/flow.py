@@ -7,7 +7,7 @@ the envelope and the hold. The modes build on `flow`.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from gateway.attempts import Attempts
 from gateway.backends.port import Delta
 from gateway.errors import DeadlinePassed, UpstreamError
 from gateway.modes.guard import Guard
+from gateway.modes.hedge import Hedge
 
 if TYPE_CHECKING:
     from budget.envelope import Envelope
@@ -282,14 +283,17 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
     is_done = has_begun = False
     while not is_done:
         slot = run.slot = attempts.next()
-        with slot:
+        hedge = None if run.model.hedging is None else Hedge(run, attempts, run.model.hedging, slot)
+        place: AbstractContextManager[object] = hedge or slot
+        with place:
             try:
-                source: Batches | None = run.begin(slot)
+                source: Batches | None = run.begin(slot) if hedge is None else hedge.deltas()
                 while source is not None:
                     async with aclosing(source) as batches:
                         async for deltas in batches:
                             if not has_begun:
                                 has_begun = True
+                                slot = slot if hedge is None else hedge.slot
                                 attempts.began(slot)
                             yield run.take(deltas)
                             if run.is_cut:
@@ -297,7 +301,8 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
                     source = run.go_on(slot)
                 is_done = True
             except (UpstreamError, DeadlinePassed) as exc:
-                attempts.failed(slot, exc, has_begun=has_begun or run.tally.output() > 0)
+                failed = slot if hedge is None else hedge.slot
+                attempts.failed(failed, exc, has_begun=has_begun or run.tally.output() > 0)
             finally:
                 attempts.leave()
     attempts.ended(run.tally.usage, run.tally.output())
