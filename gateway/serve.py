@@ -143,6 +143,7 @@ class Answer:
         self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
         if self._run.envelope.deadline_s is not None:
             watched.bound(self._run.envelope.deadline_s)
+        self._run.deadline_s = watched.deadline_s
 
     async def carry_out(self) -> None:
         """Run the mode and answer; whatever happens, the hold is told what was used."""
@@ -187,7 +188,7 @@ class Answer:
 
     async def _complete(self) -> tuple[bytes, Attempts]:
         attempts = Attempts(self._prepared.model, self._prepared.call)
-        await attempts.admit(self._run.tenant, None)
+        await attempts.admit(self._run.tenant, self._run.deadline_s)
         while True:
             slot = self._run.slot = attempts.next()
             with slot as backend:

@@ -44,10 +44,11 @@ class Ticket(Generic[T]):
 
 @dataclass(slots=True)
 class _Class(Generic[T]):
-    """The calls of one class: a line per tenant, and the tenants by what they were served."""
+    """The calls of one class: a line per tenant, the tenants by what they were served, and how many calls wait."""
 
     lines: dict[str, deque[Ticket[T]]] = field(default_factory=dict)
     order: list[tuple[float, int, str]] = field(default_factory=list)
+    size: int = 0
 
 
 class FairQueue(Generic[T]):
@@ -77,6 +78,7 @@ class FairQueue(Generic[T]):
         dropped = self._make_room(tenant) if self._size >= self.most else None
         ticket = Ticket(item, tenant, priority, max(1, tokens), now_s)
         found = self._classes.setdefault(priority, _Class())
+        found.size += 1
         line = found.lines.get(tenant)
         if line is None:
             line = found.lines[tenant] = deque()
@@ -118,6 +120,18 @@ class FairQueue(Generic[T]):
             del self._classes[priority]
         return None
 
+    def ahead(self, tenant: str, priority: int) -> int:
+        """About how many calls would be served before one that came now, as if all were equally large.
+
+        All of better classes, and of its own class as many of each tenant as it would have itself: at most all.
+        """
+        ahead = sum(found.size for each, found in self._classes.items() if each < priority)
+        own = self._classes.get(priority)
+        if own is None:
+            return ahead
+        tenants = len(own.lines) + (tenant not in own.lines)
+        return ahead + min(own.size, (self._counts.get(tenant, 0) + 1) * tenants - 1)
+
     def cancel(self, ticket: Ticket[T]) -> None:
         """It does not wait any longer; any number of times."""
         if not ticket.is_gone:
@@ -133,6 +147,7 @@ class FairQueue(Generic[T]):
 
     def _leave(self, ticket: Ticket[T]) -> None:
         ticket.is_gone = True
+        self._classes[ticket.priority].size -= 1
         self._count(ticket.tenant, -1)
 
     def _count(self, tenant: str, by: int) -> None:

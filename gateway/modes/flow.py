@@ -92,7 +92,8 @@ class Run:
         deliver: writes an event to the client at once, if it can; None where deltas are worked on first.
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
-        tenant: in whose turn it waits, where it has to.
+        tenant: in whose turn it waits, where it has to, and
+        deadline_s: until when, on the clock; None: as long as anybody may.
     """
 
     model: Model
@@ -116,6 +117,7 @@ class Run:
     is_cut: bool = False
     deliver: Callable[[bytes], bool] | None = None
     tenant: str = ""
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
@@ -279,7 +281,7 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
         says that it is done and a choice is not; whatever else the backend raises.
     """
     attempts = Attempts(run.model, run.call)
-    await attempts.admit(run.tenant, run.envelope.deadline_s)
+    await attempts.admit(run.tenant, run.deadline_s)
     is_done = has_begun = False
     while not is_done:
         slot = run.slot = attempts.next()

@@ -59,9 +59,9 @@ def hurry(slot: Slot) -> None:
         slot.first_bytes.add(0.0)
 
 
-def hedges(gateway: Live, first: str) -> float:
-    """Second tries in which this one answered first."""
-    return gateway.metric("thinkgate_hedges_total", model=MODEL, first=first)
+def hedges(gateway: Live, outcome: str) -> float:
+    """Second tries that ended so."""
+    return gateway.metric("thinkgate_hedges_total", model=MODEL, outcome=outcome)
 
 
 def extension(answer: Any) -> Json:
@@ -90,7 +90,7 @@ async def test_the_second_answers_where_the_first_is_late(
     usd = 1000 * (tokens_of["prompt"] + prompt) + 500 * tokens_of["cached"] + 4000 * tokens_of["thinking"]
     assert told["settled"]["nano_usd"] == usd + 2000 * (tokens_of["answer"] + tokens_of["injected"])
     assert told["hold"]["tokens"] >= told["settled"]["tokens"]
-    assert (hedges(two, "second"), hedges(two, "first")) == (1, 0)
+    assert (hedges(two, "won"), hedges(two, "lost")) == (1, 0)
     assert two.slot(0).in_flight == 0
     assert [slot.standing.pending_tokens for slot in (two.slot(0), two.slot(1))] == [0, 0]
     assert [slot.breaker.outcomes.share(0.0)[1] > 0 for slot in (two.slot(0), two.slot(1))] == [False, True]
@@ -113,7 +113,7 @@ async def test_the_first_goes_on_where_it_answers_first(
     assert (answer.status, answer.headers["x-thinkgate-backend"]) == (200, "a")
     assert answer.payloads()[-1] == "[DONE]"
     assert extension(answer)["tokens"]["wasted"] > 0
-    assert (hedges(two, "second"), hedges(two, "first")) == (0, 1)
+    assert (hedges(two, "won"), hedges(two, "lost")) == (0, 1)
 
 
 async def test_nothing_is_hedged_after_the_first_byte(
@@ -173,7 +173,7 @@ async def test_the_envelope_has_to_cover_both(two: Live, scripted: ScriptedBacke
     scripted.default = Script(say=SAY, gates={-1: Gate()})
     hurry(two.slot(0))
     answer = await ask(two, wide, COMPLETIONS)
-    assert (answer.headers["x-thinkgate-backend"], hedges(two, "second")) == ("b", 1)
+    assert (answer.headers["x-thinkgate-backend"], hedges(two, "won")) == ("b", 1)
 
 
 async def test_a_limit_without_room_for_both_allows_one(scripted: ScriptedBackend, other: ScriptedBackend) -> None:
