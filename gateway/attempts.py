@@ -25,13 +25,16 @@ class Attempts:
     Args:
         model: where it runs.
         call: what runs; None where placement knows nothing of its prompt.
+
+    Attributes:
+        prompt: as placement sees it, of the try that answers, or may; None with a single backend.
     """
 
-    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_prompt", "_tenant", "_tried")
+    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_tenant", "_tried", "prompt")
 
     def __init__(self, model: Model, call: Call | None) -> None:
         self._model = model
-        self._prompt: Prompt | None = model.prompt(call)
+        self.prompt: Prompt | None = model.prompt(call)
         self._tried: list[Slot] = []
         self._has_begun = False
         self._call = call
@@ -53,15 +56,34 @@ class Attempts:
         """The slot to try; it is counted by entering it. Raises: Overloaded when none is left."""
         if not self._tried:
             self._model.retries.tried()
-        return self._model.choose(self._tried, self._prompt)
+        return self._model.choose(self._tried, self.prompt)
+
+    def has_other(self, slot: Slot) -> bool:
+        """Whether a backend beside `slot` is well, and has room that nobody waits for."""
+        return len(self._unfit(slot)) < len(self._model.slots) and self._model.admission.is_open()
+
+    def beside(self, slot: Slot) -> tuple[Slot, Prompt | None]:
+        """The backend to try beside `slot`, where there is one, and the prompt as it is counted there, too."""
+        prompt = self._model.prompt(self._call)
+        return self._model.choose(self._unfit(slot), prompt), prompt
+
+    def _unfit(self, slot: Slot) -> list[Slot]:
+        now_s = self._model.clock()
+        return [each for each in self._model.slots if each in (slot, *self._tried) or not _is_fit(each, now_s)]
+
+    def lost(self, slot: Slot) -> None:
+        """A try ends since another one answered first. That is no failure, but of the probe of an open breaker."""
+        now_s = self._model.clock()
+        if slot.breaker.state(now_s) == "half_open":
+            slot.breaker.failed(now_s)
 
     def began(self, slot: Slot) -> None:
         """The first byte came; any number of times."""
-        if self._has_begun or self._prompt is None:
+        if self._has_begun or self.prompt is None:
             return
         self._has_begun = True
         now_s = self._model.clock()
-        self._prompt.began(now_s)
+        self.prompt.began(now_s)
         slot.breaker.succeeded(now_s)
 
     def ended(self, usage: Usage | None, output_tokens: int = 0) -> None:
@@ -69,29 +91,42 @@ class Attempts:
         if self._charged is not None:
             used = output_tokens + (0 if usage is None else usage.prompt_tokens)
             self._model.admission.charge(self._tenant, used - self._charged)
-        if self._prompt is not None and usage is not None:
-            self._prompt.ended(usage.prompt_tokens, usage.cached_tokens)
+        if self.prompt is not None and usage is not None:
+            self.prompt.ended(usage.prompt_tokens, usage.cached_tokens)
 
     def leave(self) -> None:
         """Whatever became of this try, its prompt waits no longer."""
-        if self._prompt is not None:
-            self._prompt.leave()
+        if self.prompt is not None:
+            self.prompt.leave()
 
-    def failed(self, slot: Slot, error: UpstreamError | DeadlinePassed, *, has_begun: bool) -> None:
-        """A try failed by the backend's fault. Raises: the error, unless another backend is to be tried."""
+    def faulted(self, slot: Slot, error: UpstreamError | DeadlinePassed) -> None:
+        """A try failed by the backend's fault, which is not tried again."""
+        self._tried.append(slot)
         if isinstance(error, UpstreamUnreachable):
             slot.mark_down(error.message)
-            self._tried.append(slot)
-            if has_begun:  # another backend would begin the choices anew
-                raise UpstreamError(error.message) from error
-            return  # nothing was sent, so nothing is tried again
-        if self._prompt is None or (has_begun and isinstance(error, DeadlinePassed)):
-            raise error  # the only backend, or the envelope's own deadline
+            return
         now_s = self._model.clock()
         slot.breaker.failed(now_s)
         eject_outliers(self._model.slots, now_s)
-        self._tried.append(slot)
-        others = any(other.is_up and other not in self._tried for other in self._model.slots)
-        if has_begun or isinstance(error, DeadlinePassed) or not others or not self._model.retries.take(now_s):
+
+    def failed(self, slot: Slot, error: UpstreamError | DeadlinePassed, *, has_begun: bool) -> None:
+        """A try failed, and no other runs beside it. Raises: the error, unless another backend is to be tried."""
+        if isinstance(error, UpstreamUnreachable):
+            self.faulted(slot, error)
+            if has_begun:  # another backend would begin the choices anew
+                raise UpstreamError(error.message) from error
+            return  # nothing was sent, so nothing is tried again
+        if self.prompt is None or (has_begun and isinstance(error, DeadlinePassed)):
+            raise error  # the only backend, or the envelope's own deadline
+        self.faulted(slot, error)
+        model = self._model
+        others = any(other.is_up and other not in self._tried for other in model.slots)
+        if has_begun or isinstance(error, DeadlinePassed) or not others or not model.retries.take(model.clock()):
             raise error
-        self._model.retried += 1
+        model.retried += 1
+
+
+def _is_fit(slot: Slot, now_s: float) -> bool:
+    """Whether it is up, has not failed of late, and may have one more call."""
+    limit = slot.standing.limit
+    return slot.is_up and slot.breaker.state(now_s) == "closed" and (limit is None or slot.in_flight < limit)

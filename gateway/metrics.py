@@ -254,7 +254,13 @@ class Metrics(Collector):
         waited = CounterMetricFamily("thinkgate_queue_seconds", "Time calls waited for a backend.", labels=("model",))
         shed = CounterMetricFamily("thinkgate_queue_shed", "Calls refused: too many waited.", labels=("model",))
         retried = CounterMetricFamily("thinkgate_retries", "Calls tried again elsewhere.", labels=("model",))
+        hedged = CounterMetricFamily(
+            "thinkgate_hedges", "Second tries: those that answered first, and others.", labels=("model", "outcome")
+        )
         for model in self._models().values():
+            won, begun = (0, 0) if model.hedging is None else (model.hedging.won, model.hedging.begun)
+            hedged.add_metric((model.name, "won"), won)
+            hedged.add_metric((model.name, "lost"), begun - won)
             retried.add_metric((model.name,), model.retried)
             waits.add_metric((model.name,), len(model.admission))
             waited.add_metric((model.name,), model.admission.waited_s)
@@ -269,4 +275,4 @@ class Metrics(Collector):
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
                 binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)
                 holds.add_metric((model.name, slot.config.id), float(binds))
-        yield from (up, calls, holds, breaker, trusted, prefix, retried, waits, waited, shed)
+        yield from (up, calls, holds, breaker, trusted, prefix, retried, hedged, waits, waited, shed)

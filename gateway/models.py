@@ -24,6 +24,7 @@ from gateway.names import Names
 from gateway.placing import Placing, Prompt
 from gateway.slots import Slot
 from router.health import RetryBudget
+from router.hedging import Hedging
 
 if TYPE_CHECKING:
     from budget.chain import Forcing
@@ -44,6 +45,7 @@ class Model:
         switches: its template's switches for each mode.
         prices: what its tokens cost.
         retries: how many calls may be tried again on another backend.
+        hedging: how many may be tried on two at once; None: none.
         admission: where calls wait while all backends are full.
     """
 
@@ -65,6 +67,8 @@ class Model:
         self.upstream = config.upstream_model or name
         self.slots = slots
         self.kind = config.backends[0].kind
+        share = routing.hedging.share
+        self.hedging = Hedging(share) if share and len(slots) > 1 and self.kind != "embedded" else None
         self.thinking = config.thinking
         if self.kind == "openai" and "off" not in config.thinking.model_fields_set:
             # An unknown server may refuse template switches it never heard of.
@@ -119,8 +123,11 @@ class Model:
     def must_be_read(self) -> bool:
         """Whether whole answers of a backend cannot be passed on as they are, but are read token by token.
 
-        Because its thinking comes as marked text within the content, or because it generates more than it is asked for.
+        Because its thinking comes as marked text within the content, or because it generates more than it is asked for;
+        or because nobody would see when it begins, and a try that is not seen to begin cannot be hedged.
         """
+        if self.hedging is not None:
+            return True
         for slot in self.slots:
             found = slot.capabilities
             if found is not None and (not found.limit_binds or (found.thinking_field or "").startswith("inline")):

@@ -22,6 +22,7 @@ from gateway.errors import GatewayError
 from gateway.load import read_load
 from gateway.placing import Standing
 from router.health import Breaker
+from router.hedging import FirstBytes
 
 if TYPE_CHECKING:
     from gateway.config.schema import BackendConfig
@@ -62,6 +63,7 @@ class Slot:
         lies: how often it did not hold a cap that it was measured to hold.
         tried: what answers asked for that the backend found right.
         breaker: lets calls through, or not, by how the last ones ended.
+        first_bytes: how long calls waited for theirs here, where calls are hedged.
         up_since_s: when it was found to be up, on the slot's clock.
         standing: what placement knows about it.
         became_free: called when it may have room for one more.
@@ -79,6 +81,7 @@ class Slot:
         self.backend = build()
         self.clock = clock
         self.breaker = Breaker()
+        self.first_bytes = FirstBytes()
         self.up_since_s = clock()
         self.became_free: Callable[[], None] = lambda: None
         self.standing = Standing(config.id, placement or PlacementConfig())

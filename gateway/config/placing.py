@@ -37,3 +37,9 @@ class RetriesConfig(Section):
 
     share: float = Field(0.2, ge=0, le=1)
     burst: float = Field(20, ge=0)
+
+
+class HedgingConfig(Section):
+    """How many calls may have a second try while the first has not answered."""
+
+    share: float = Field(0, ge=0, le=1)
