@@ -43,6 +43,8 @@ class Attempts:
 
     async def admit(self, tenant: str, deadline_s: float | None) -> None:
         """Wait for a turn, where all backends are full. Raises: Overloaded, DeadlinePassed."""
+        if self._model.prompt_ids is not None and self._prompt is not None and self._call is not None:
+            self._prompt.read(await self._model.prompt_ids.of(self._call))
         if self._model.admission.is_open():
             return
         call = self._call

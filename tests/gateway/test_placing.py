@@ -149,7 +149,7 @@ def test_predictions_that_are_wrong_are_no_longer_believed() -> None:
     none, all_of_it = (Usage(prompt_tokens=2000, completion_tokens=1, cached_tokens=n) for n in (0, 2000))
     slot = served(model, text)
     while slot.standing.agreement.is_trusted:
-        assert slot.standing.told[0] < 100 * 2000
+        assert slot.standing.told["predicted"][0] < 100 * 2000
         slot = served(model, text, usage=none)
     assert Prompt(model.placing, call(text)).hit_tokens(slot.standing, model.clock()) == 0
     for _ in range(400):
