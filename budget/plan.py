@@ -81,10 +81,9 @@ class NoPlan(msgspec.Struct, frozen=True):
 
     Attributes:
         reason: `not_needed`, the planner says so; `too_small`, nobody asked it, since it would cost too much of the
-        budget;
-            `not_json` and `no_steps`, it said nothing that can be used; `failed`, it could not be asked, or did not
-            finish; `spent`, the envelope had no room for it; `unencodable`, its questions cannot be put before the
-            model.
+            budget; `not_json` and `no_steps`, it said nothing that can be used; `failed`, it could not be asked, or
+            did not finish; `spent`, the envelope had no room for it; `unencodable`, its questions cannot be put
+            before the model.
         level: of the whole, where the planner said one.
     """
 
