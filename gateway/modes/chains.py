@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from budget.chain import TRIAL_TOKENS, Chain, ChainRules, Forcing, Step
+from budget.chain import TRIAL_TOKENS, Chain, ChainRules, Forcing
+from budget.chain_step import Step
 from budget.envelope import chain_bounds, thinking_is_over
 from gateway.backends.events import FINISH_REASONS, TAIL_TOKENS
 from gateway.backends.markers import AnswerFilter, MarkerSplitter
