@@ -91,6 +91,10 @@ class Tally:
         self.asides.append(aside)
         return aside
 
+    def aside_amounts(self) -> Amounts:
+        """What the calls on the side have used so far."""
+        return self.amounts(TokenCounts(planner=sum(aside.counts().total() for aside in self.asides)))
+
     @property
     def is_estimated(self) -> bool:
         """Tokens were counted by events or text, since the backend gave neither ids nor usage."""
