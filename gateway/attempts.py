@@ -43,8 +43,8 @@ class Attempts:
 
     async def admit(self, tenant: str, deadline_s: float | None) -> None:
         """Wait for a turn, where all backends are full. Raises: Overloaded, DeadlinePassed."""
-        if self._model.prompt_ids is not None and self._prompt is not None and self._call is not None:
-            self._prompt.read(await self._model.prompt_ids.of(self._call))
+        if self._model.prompt_ids is not None and self.prompt is not None and self._call is not None:
+            self.prompt.read(await self._model.prompt_ids.of(self._call))
         if self._model.admission.is_open():
             return
         call = self._call
@@ -67,6 +67,8 @@ class Attempts:
     def beside(self, slot: Slot) -> tuple[Slot, Prompt | None]:
         """The backend to try beside `slot`, where there is one, and the prompt as it is counted there, too."""
         prompt = self._model.prompt(self._call)
+        if prompt is not None and self.prompt is not None:
+            prompt.read(self.prompt.ids)
         return self._model.choose(self._unfit(slot), prompt), prompt
 
     def _unfit(self, slot: Slot) -> list[Slot]:

@@ -158,11 +158,8 @@ class EmbeddedBackend:
         request = await asyncio.to_thread(self._compose, self._loaded(), partial(read_call, unopened))
         return list(request.prompts[0].token_ids)
 
-    async def marker_ids(self, text: str) -> list[int]:
-        """The ids of a marker, wrap-up or another short text of the configuration, with no special token added.
-
-        Raises: Overloaded.
-        """
+    async def encode(self, text: str) -> list[int]:
+        """See the port."""
         return list(self._loaded().model.tokens.marker(text).ids)
 
     async def _stream(

@@ -239,7 +239,7 @@ def test_more_cached_than_there_was_counts_as_all_of_it() -> None:
     """A backend's wild word about its cache is bounded by the prompt, in what is told and in what is trusted."""
     model = model_of(2)
     slot = served(model, "x" * 4000, usage=Usage(prompt_tokens=1000, completion_tokens=1, cached_tokens=10**9))
-    assert slot.standing.told[2] == 1000
+    assert slot.standing.told["predicted"][2] == 1000
     assert slot.standing.agreement._wrong <= 1000
 
 
