@@ -57,10 +57,11 @@ def save_folder(model: Any, folder: Path) -> None:  # noqa: ANN401 - as above
         folder: made if it is missing, overwritten where it is not.
     """
     tokenizer = wrap(build_tokenizer())
-    half = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    half: Any = Qwen3ForCausalLM(model.config)
+    half = half.to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     # Qwen3's own recommendation: its makers advise against greedy decoding.
-    half.generation_config = GenerationConfig(
+    half.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=0.6,
         top_p=0.95,
@@ -79,7 +80,8 @@ def load_folder(folder: Path) -> Any:  # noqa: ANN401 - as above
     """
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"no weights in {folder}: python -m bench.tinythinker train, then export")
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:

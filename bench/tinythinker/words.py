@@ -8,12 +8,9 @@ The markers are added tokens with `special: false`: vLLM drops special ones from
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 THINK, END_THINK = "<think>", "</think>"
@@ -52,13 +49,12 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer) -> Any:  # noqa: ANN401 - transformers' classes are untyped
     """The tokenizer as transformers and vLLM load it, with the chat template."""
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
-    fast: Any = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=IM_END, pad_token=PAD, model_max_length=WINDOW
-    )
+    fast_class: Any = transformers.PreTrainedTokenizerFast
+    fast = fast_class(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=PAD, model_max_length=WINDOW)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

@@ -1,5 +1,6 @@
 """The questions: answers, levels, splits."""
 
+import json
 import random
 import re
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.tinythinker.__main__ import main
 from bench.tinythinker.task import LEVELS, SPLITS, Part, Question, draw, draw_from, questions, work
 
 
@@ -81,3 +83,13 @@ def test_what_is_held_out_is_never_drawn_for_training():
     rng = random.Random(1)
     trained = {draw_from(rng, level, "train").text for level in (1, 2) for _ in range(1500)}
     assert not held_out & trained
+
+
+def test_questions_are_printed_as_json_lines(capsys):
+    """The command prints one question a line with its answer and level, for any harness to read."""
+    assert main(["questions", "--split", "test", "--count", "9", "--seed", "2"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = list(questions("test", 9, seed=2))
+    assert [line["question"] for line in lines] == [question.text for question in asked]
+    assert [int(line["answer"]) for line in lines] == [question.answer for question in asked]
+    assert [line["level"] for line in lines] == [question.level for question in asked]
