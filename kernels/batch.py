@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernels.plan import Plan, make_plan
-from kernels.trie import Copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +38,20 @@ class Batch:
 
     Attributes:
         feeds: one per sequence.
-        copies: to be done before anything is written, in this order.
         plan: which cached tokens the feeds attend to. A single token's own key and value are in the cache by
             then and count as cached; of more tokens, those before the feed, which all of it attends to.
     """
 
     feeds: tuple[Feed, ...]
-    copies: tuple[Copy, ...]
     plan: Plan
 
     @classmethod
-    def of(cls, feeds: Sequence[Feed], copies: Sequence[Copy], *, block_tokens: int, share_from: int) -> Batch:
+    def of(cls, feeds: Sequence[Feed], *, block_tokens: int, share_from: int) -> Batch:
         """A batch with its plan; the last two arguments are those of `make_plan`."""
         lengths = [feed.start + (len(feed.ids) == 1) for feed in feeds]
         tables = [feed.table for feed in feeds]
         plan = make_plan(tables, lengths, block_tokens=block_tokens, share_from=share_from)
-        return cls(tuple(feeds), tuple(copies), plan)
+        return cls(tuple(feeds), plan)
 
     @property
     def tokens(self) -> int:
