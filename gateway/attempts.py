@@ -27,12 +27,14 @@ class Attempts:
         call: what runs; None where placement knows nothing of its prompt.
     """
 
-    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_prompt", "_tenant", "_tried")
+    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_placed_s", "_prompt", "_slot", "_tenant", "_tried")
 
     def __init__(self, model: Model, call: Call | None) -> None:
         self._model = model
         self._prompt: Prompt | None = model.prompt(call)
         self._tried: list[Slot] = []
+        self._slot: Slot | None = None
+        self._placed_s = 0.0
         self._has_begun = False
         self._call = call
         self._charged: int | None = None
@@ -53,7 +55,9 @@ class Attempts:
         """The slot to try; it is counted by entering it. Raises: Overloaded when none is left."""
         if not self._tried:
             self._model.retries.tried()
-        return self._model.choose(self._tried, self._prompt)
+        self._slot = self._model.choose(self._tried, self._prompt)
+        self._placed_s = self._model.clock()
+        return self._slot
 
     def began(self, slot: Slot) -> None:
         """The first byte came; any number of times."""
@@ -62,7 +66,7 @@ class Attempts:
         self._has_begun = True
         now_s = self._model.clock()
         self._prompt.began(now_s)
-        slot.breaker.succeeded(now_s)
+        slot.breaker.succeeded(now_s, self._placed_s)
 
     def ended(self, usage: Usage | None, output_tokens: int = 0) -> None:
         """The answer is complete, and the backend counted it."""
@@ -73,9 +77,11 @@ class Attempts:
             self._prompt.ended(usage.prompt_tokens, usage.cached_tokens)
 
     def leave(self) -> None:
-        """Whatever became of this try, its prompt waits no longer."""
+        """Whatever became of this try, its prompt waits no longer, nor does anybody wait for it as a probe."""
         if self._prompt is not None:
             self._prompt.leave()
+            if self._slot is not None:
+                self._slot.breaker.left(self._placed_s)
 
     def failed(self, slot: Slot, error: UpstreamError | DeadlinePassed, *, has_begun: bool) -> None:
         """A try failed by the backend's fault. Raises: the error, unless another backend is to be tried."""
@@ -88,7 +94,7 @@ class Attempts:
         if self._prompt is None or (has_begun and isinstance(error, DeadlinePassed)):
             raise error  # the only backend, or the envelope's own deadline
         now_s = self._model.clock()
-        slot.breaker.failed(now_s)
+        slot.breaker.failed(now_s, self._placed_s)
         eject_outliers(self._model.slots, now_s)
         self._tried.append(slot)
         others = any(other.is_up and other not in self._tried for other in self._model.slots)
