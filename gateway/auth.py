@@ -22,6 +22,7 @@ from gateway.errors import PermissionDenied, StoreUnavailable, Unauthenticated
 
 if TYPE_CHECKING:
     from gateway.admin.stored import Stored
+    from router.mode import When
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Key:
         salt: keeps its tenant's prompts in backends' caches apart from others'; None: nobody is told from anybody.
         lambda_per_usd: quality that it gives up for one US dollar, where the text decides.
         quality_floor: least expected quality of what it takes for that.
+        cascade: for which of its requests a draft is judged; None: as `routing.cascade.when` says.
     """
 
     id: str
@@ -51,6 +53,7 @@ class Key:
     salt: str | None = None
     lambda_per_usd: float = 0.0
     quality_floor: float = 0.0
+    cascade: When | None = None
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> Key:
@@ -73,6 +76,7 @@ class Key:
             salt=hashlib.blake2b(scopes[-1].encode(), digest_size=16).hexdigest(),  # of the widest owner
             lambda_per_usd=traits.lambda_per_usd,
             quality_floor=traits.quality_floor,
+            cascade=traits.cascade,
         )
 
 

@@ -9,6 +9,7 @@ however fast others take what was left.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import msgspec
@@ -19,10 +20,11 @@ from budget.cap import EFFORT_SHARE, effort_tokens
 from budget.degrade import Attempt, Needs, next_attempt, tokens_that_fit
 from budget.ledger import Unit
 from gateway.ask.hear import Heard, hear
+from gateway.ceiling import ceiling_of
 from gateway.edge.extension import Degraded
 from gateway.errors import InvalidRequest, PermissionDenied
 from gateway.modes.soft import LEAST_EFFORT
-from gateway.prepare import Prepared, ceiling_of, decide
+from gateway.prepare import Prepared, decide
 from router.mode import ModeDecision
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ def one_step_down(request: Request, refused: Prepared, hold: Hold, why: HoldRefu
 
     Returns: what to hold next; None where no step is of use or allowed.
     """
+    request = request._replace(key=dataclasses.replace(request.key, cascade="off"))
+    if refused.draft is not None:
+        return _without_draft(request, refused, why)
     if not refused.steps or refused.decision.mode == "instant":
         return None
     ladder = _Ladder(request, refused, hold, why)
@@ -93,7 +98,23 @@ def one_step_down(request: Request, refused: Prepared, hold: Hold, why: HoldRefu
     if lower is None:
         return None
     steps = refused.steps[refused.steps.index(attempt.step) + 1 :]
-    return replace(lower, steps=steps, degraded=(*refused.degraded, ladder.told(attempt)))
+    return replace(
+        lower,
+        steps=steps,
+        degraded=(*refused.degraded, ladder.told(attempt)),
+        decision=lower.decision._replace(cascade=refused.decision.cascade),
+    )
+
+
+def _without_draft(request: Request, refused: Prepared, why: HoldRefused) -> Prepared | None:
+    """The same request as it is without a cascade: no step of the ladder, and allowed to all."""
+    lower, cascade = request.again(refused, request.hear()), refused.decision.cascade
+    if lower is None or cascade is None:
+        return None
+    cascade = cascade._replace(runs=False, hindrance=f"a draft does not fit into {_left(why)}")
+    return replace(
+        lower, decision=lower.decision._replace(cascade=cascade), steps=refused.steps, degraded=refused.degraded
+    )
 
 
 class _Ladder:
@@ -200,7 +221,11 @@ class _Ladder:
         return ceiling_of(prepared.ask, prepared.model, cap, most, aside, body_bytes=size, media_parts=media_parts)
 
     def _what_is_left(self) -> str:
-        return f"what {self._why.scope} has left of {self._why.unit}"
+        return _left(self._why)
+
+
+def _left(why: HoldRefused) -> str:
+    return f"what {why.scope} has left of {why.unit}"
 
 
 def _instant(before: ModeDecision, left: str) -> ModeDecision:

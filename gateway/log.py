@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from budget.tokens import TokenCounts
-from gateway.edge.extension import DecisionReport, Degraded
+from gateway.edge.extension import CascadeReport, DecisionReport, Degraded
 
 FLUSH_EVERY_S = 0.2
 MAX_PENDING = 50_000
@@ -51,6 +51,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     degraded: tuple[Degraded, ...] = ()
     replayed: bool = False
     decision: DecisionReport | None = None
+    cascade: CascadeReport | None = None
 
     def publish(self) -> RequestLine:
         """A line that is ready."""

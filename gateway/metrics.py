@@ -117,6 +117,9 @@ class Metrics(Collector):
             "thinkgate_resent_tokens", "Prompt tokens of a choice's later segments.", ("model", "cached")
         )
         self.degraded = CounterCells("thinkgate_degraded", "Steps down the degrade ladder.", ("step", "model"))
+        self.cascades = CounterCells(
+            "thinkgate_cascades", "Requests by what became of their draft.", ("model", "outcome")
+        )
         self.refusals = CounterCells("thinkgate_refusals", "Requests refused.", ("code",))
         self.disconnects = CounterCells("thinkgate_disconnects", "Clients that left early.", ("route",))
         self.unreported = CounterCells(

@@ -21,20 +21,19 @@ from gateway.ask.request import RawFields
 from gateway.ask.resolve import UNCAPPED, Ask
 from gateway.auth import Key, check_model, degrade_steps
 from gateway.backends.port import Call, Surface, Thinking
+from gateway.cascade import Draft, draft_of, hindrance
+from gateway.ceiling import aside_of, ceiling_of
 from gateway.edge.extension import CapReport, Degraded
 from gateway.enforcement import How, Needs, instant_enforcement
 from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
 from gateway.modes.reasoning import Stops
-from gateway.modes.summary import most_used
 from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
 
 if TYPE_CHECKING:
     from gateway.config.schema import Config
 
-TEMPLATE_MARGIN_TOKENS = 256
-MEDIA_PART_TOKENS = 4096
 NO_STOPS = Stops()
 UNCERTAIN = "routing.uncertain_thinking_tokens"
 
@@ -50,11 +49,12 @@ class Prepared(msgspec.Struct, frozen=True):
         cap: for the response.
         ceiling: the most it can use, to be held.
         enforcer: how the cap is held.
-        slack: output tokens per choice that holding it may waste.
+        slack: output tokens per choice that holding it, or a draft, may waste.
         aside: the most prompt and output tokens of all calls on the side; none: no summary will be made.
         stops: stop strings the gateway matches itself.
         steps: down the degrade ladder, those it may take if its limits refuse it.
         degraded: those it has taken.
+        draft: an instant answer that is judged first; None without a cascade.
     """
 
     ask: Ask
@@ -69,6 +69,7 @@ class Prepared(msgspec.Struct, frozen=True):
     stops: Stops = NO_STOPS
     steps: tuple[Step, ...] = ()
     degraded: tuple[Degraded, ...] = ()
+    draft: Draft | None = None
 
     @property
     def choices(self) -> int:
@@ -81,6 +82,7 @@ class Prepared(msgspec.Struct, frozen=True):
             self.decision.mode == "instant"
             and not self.ask.stream
             and self.ask.envelope is None
+            and self.draft is None
             and self.cap.enforcement != "two_phase"
             and self.model.kind != "embedded"
             and not self.model.must_be_read()
@@ -133,23 +135,13 @@ def decide(
     decision, bounds, cap, report, slack = _bounded(heard, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
     max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
-    stops, raw = _own_stops(raw, in_thinking=ask.stop_in_thinking) if is_thinking else (NO_STOPS, raw)
-    thinking = model.thinking
+    stops, fields = _own_stops(raw, in_thinking=ask.stop_in_thinking) if is_thinking else (NO_STOPS, raw)
     call = Call(
         surface=surface,
         request_id=request_id,
         model=model.upstream,
-        fields=upstream_fields(raw, model.switches, kind=model.kind, mode=decision.mode, salt=_salt(key, config)),
-        thinking=Thinking(
-            enabled=is_thinking,
-            cap=report.tokens,
-            start=thinking.start,
-            end=thinking.end,
-            wrap_up=thinking.wrap_up,
-            native=thinking.native,
-            answer_floor=bounds.answer_floor,
-            min_tokens=ask.min_thinking if is_thinking else 0,
-        ),
+        fields=upstream_fields(fields, model.switches, kind=model.kind, mode=decision.mode, salt=_salt(key, config)),
+        thinking=_thinking(ask, model, decision.mode, report.tokens, bounds.answer_floor),
         max_tokens=max_tokens,
         n=ask.n,
         priority=ask.priority,
@@ -157,12 +149,47 @@ def decide(
         wants_token_ids=ask.wants_token_ids,
         trace_headers=trace,
     )
-    aside = _aside(ask, call)
+    draft = None
+    if decision.cascade is not None and decision.cascade.runs:
+        draft = _draft(heard, call, model, key, config, needs)
+        slack += draft.call.max_tokens
+    aside = aside_of(ask, call)
     ceiling = ceiling_of(
         ask, model, report.tokens, max_tokens + slack, aside, body_bytes=body_bytes, media_parts=media_parts
     )
     steps = degrade_steps(key, ask.degrade)
-    return Prepared(ask, model, decision, call, report, ceiling, Enforcement(needs), slack, aside, stops, steps)
+    return Prepared(
+        ask, model, decision, call, report, ceiling, Enforcement(needs), slack, aside, stops, steps, draft=draft
+    )
+
+
+def _thinking(ask: Ask, model: Model, mode: Mode, cap: int | None, answer_floor: int) -> Thinking:
+    marks, is_thinking = model.thinking, mode == "reasoning"
+    return Thinking(
+        enabled=is_thinking,
+        cap=cap,
+        start=marks.start,
+        end=marks.end,
+        wrap_up=marks.wrap_up,
+        native=marks.native,
+        answer_floor=answer_floor,
+        min_tokens=ask.min_thinking if is_thinking else 0,
+    )
+
+
+def _draft(heard: Heard, call: Call, model: Model, key: Key, config: Config, needs: Needs) -> Draft:
+    """What the same request is in instant mode, which is all that its hold has more."""
+    ask, salt = heard.ask, _salt(key, config)
+    most = model.config.answer.max_tokens
+    ask = msgspec.structs.replace(ask, total_max=None if ask.total_max is None else min(ask.total_max, most))
+    cap = _instant_report(model, needs)
+    instant = msgspec.structs.replace(
+        call,
+        fields=upstream_fields(heard.raw, model.switches, kind=model.kind, mode="instant", salt=salt),
+        thinking=_thinking(ask, model, "instant", cap.tokens, call.thinking.answer_floor),
+        max_tokens=_max_tokens(ask, "instant", None, model, 0),
+    )
+    return draft_of(instant, cap, heard.raw, config.routing.cascade, has_envelope=ask.envelope is not None)
 
 
 def _salt(key: Key, config: Config) -> str | None:
@@ -200,14 +227,23 @@ def _bounded(heard: Heard, model: Model, key: Key, config: Config, needs: Needs)
             # An engine of ours forces the same texts, and so does the gateway if it has to take over.
             bounds = msgspec.structs.replace(bounds, forced=forcing.overhead() - len(forcing.opening))
         cap, report = _cap(ask, bounds, model, how, why_not)
-        most = None if decision.verdict is None else decision.verdict.most_thinking
+        most = _most_uncertain(decision, config)
         if most is not None and most < cap.tokens and report.tokens is not None:
             cap = msgspec.structs.replace(cap, tokens=most)
             report = msgspec.structs.replace(report, tokens=most, clamped_from=report.tokens, clamped_by=UNCERTAIN)
         if cap.tokens:
             return _Bounded(decision, bounds, cap, report, slack)
-        decision = ModeDecision("instant", f"no room for thinking: {cap.clamped_by}", decision.verdict)
+        why = f"no room for thinking: {cap.clamped_by}"
+        cascade = decision.cascade and decision.cascade._replace(runs=False, hindrance=why)
+        decision = ModeDecision("instant", why, decision.verdict, cascade)
     return _Bounded(decision, bounds, None, _instant_report(model, needs), 0)
+
+
+def _most_uncertain(decision: ModeDecision, config: Config) -> int | None:
+    """The cap of a request that is not known to need its thinking; None for the usual one."""
+    if decision.cascade is not None and decision.cascade.runs and decision.cascade.instead_of == "instant":
+        return config.routing.uncertain_thinking_tokens
+    return None if decision.verdict is None else decision.verdict.most_thinking
 
 
 def _continues(raw: RawFields) -> bool:
@@ -251,7 +287,7 @@ def _check_floor(ask: Ask, floor: int, model: Model) -> None:
 
 
 def _decide(heard: Heard, key: Key, bounds: Bounds, config: Config, model: Model, needs: Needs) -> ModeDecision:
-    ask = heard.ask
+    ask, when = heard.ask, key.cascade or config.routing.cascade.when
     facts = ModeFacts(
         asked=ask.mode,
         asked_by=ask.mode_field,
@@ -262,6 +298,8 @@ def _decide(heard: Heard, key: Key, bounds: Bounds, config: Config, model: Model
         is_native=model.thinking.native,
         continues=needs.continues,
         read=None if heard.read is None else partial(heard.read, key, model),
+        cascade=when,
+        hindrance="" if when == "off" else hindrance(ask, heard.raw, model),
     )
     try:
         return decide_mode(facts)
@@ -348,39 +386,3 @@ def _own_stops(raw: RawFields, *, in_thinking: bool) -> tuple[Stops, RawFields]:
     keep = bytes(raw.get("include_stop_str_in_output") or b"") == b"true"
     rest = {name: value for name, value in raw.items() if name not in {"stop", "include_stop_str_in_output"}}
     return Stops((stop,) if isinstance(stop, str) else tuple(stop), keep, in_thinking), rest
-
-
-def _aside(ask: Ask, call: Call) -> tuple[int, int]:
-    """The most prompt and output tokens that summarising every choice's thinking takes, if that is to be done."""
-    if ask.summary is None or not call.thinking.enabled:
-        return 0, 0
-    cap = call.thinking.cap
-    prompt, output = most_used(ask.summary, call.max_tokens if cap is None else min(cap, call.max_tokens))
-    return ask.n * prompt, ask.n * output
-
-
-def ceiling_of(
-    ask: Ask,
-    model: Model,
-    cap: int | None,
-    max_tokens: int,
-    aside: tuple[int, int],
-    *,
-    body_bytes: int,
-    media_parts: int = 0,
-) -> Amounts:
-    """The hold: prompt bound + output limit times choices + the calls on the side."""
-    # A body's bytes bound the tokens of its text.
-    prompt = TEMPLATE_MARGIN_TOKENS + body_bytes + MEDIA_PART_TOKENS * media_parts
-    choices = ask.n * ask.prompts
-    aside_prompt, aside_output = aside
-    thinking = max_tokens if cap is None else min(cap, max_tokens)
-    return Amounts(
-        tokens=prompt + choices * max_tokens + aside_prompt + aside_output,
-        thinking_tokens=choices * thinking,
-        nano_usd=model.prices.ceiling_nano_usd(
-            prompt=prompt + aside_prompt,
-            thinking=choices * thinking,
-            answer=choices * (max_tokens - thinking) + aside_output,
-        ),
-    )

@@ -14,6 +14,7 @@ from gateway.log import RequestLine
 
 if TYPE_CHECKING:
     from gateway.edge.exchange import Exchange
+    from gateway.edge.extension import CascadeReport
     from gateway.metrics import Metrics
     from gateway.modes.flow import Run
     from gateway.prepare import Prepared
@@ -30,6 +31,7 @@ class Record:
         "_run",
         "_seconds",
         "backend",
+        "cascade",
         "counts",
         "ended_by",
         "error",
@@ -51,6 +53,7 @@ class Record:
         self._prepared: Prepared | None = None
         self._run: Run | None = None
         self.key = self.model = self.backend = ""
+        self.cascade: CascadeReport | None = None
         self.counts = TokenCounts()
         self.nano_usd = 0
         self.error: str | None = None
@@ -122,6 +125,7 @@ class Record:
             degraded=() if prepared is None else prepared.degraded,
             replayed=self.replayed,
             decision=self._decision(),
+            cascade=self.cascade,
         )
 
     def _decision(self) -> DecisionReport | None:
@@ -135,6 +139,8 @@ class Record:
             metrics.capped(model)
         for taken in prepared.degraded:
             metrics.degraded.add(taken.step, model)
+        if self.cascade is not None:
+            metrics.cascades.add(model, self.cascade.outcome)
         if run.overrun:
             metrics.overrun(model, self.backend)
         if not prepared.is_plain():

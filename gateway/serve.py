@@ -16,6 +16,8 @@ from budget.envelope import Envelope
 from budget.errors import HoldRefused, StoreUnreachable
 from gateway.attempts import Attempts
 from gateway.backends.http_backend import HttpBackend
+from gateway.cascade import taken, told
+from gateway.ceiling import TEMPLATE_MARGIN_TOKENS
 from gateway.degrade import Request, one_step_down
 from gateway.edge.aggregate import Aggregator
 from gateway.edge.exchange import EVENT_STREAM, JSON
@@ -24,11 +26,11 @@ from gateway.edge.plain import PlainAnswer
 from gateway.edge.sse import ChunkEncoder
 from gateway.errors import BudgetStoreUnreachable, DeadlinePassed, Headers, LimitExceeded, Overloaded, UpstreamError
 from gateway.fallback import Fallbacks
+from gateway.modes.cascade import Cascade, Thought
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
 from gateway.modes.reasoning import reasoning
 from gateway.modes.summary import Summaries
-from gateway.prepare import TEMPLATE_MARGIN_TOKENS
 from gateway.tally import Tally
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from gateway.auth import Key
     from gateway.backends.port import Delta, Surface
     from gateway.edge.exchange import Exchange
+    from gateway.edge.extension import CascadeReport
     from gateway.edge.watch import Watched
     from gateway.prepare import Prepared
     from gateway.record import Record
@@ -113,13 +116,13 @@ class Answer:
         self._key = key
         self._watched = watched
         self._record = record
-        ask = prepared.ask
+        ask, draft = prepared.ask, prepared.draft
         bounds = ask.envelope
         most_output = (prepared.call.max_tokens + prepared.slack) * prepared.choices
         most_prompt = prepared.ceiling.tokens - most_output - sum(prepared.aside)
         self._run = Run(
             model=prepared.model,
-            call=prepared.call,
+            call=prepared.call if draft is None else draft.call,
             tally=Tally(
                 prepared.model.prices,
                 most_prompt=most_prompt,
@@ -137,10 +140,15 @@ class Answer:
             clock=time.perf_counter,
             choices=prepared.choices,
             enforcer=prepared.enforcer,
-            slack=prepared.slack,
+            slack=prepared.slack if draft is None else 0,
             tenant=key.salt or key.id,
         )
         self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
+        self._cascaded = record.cascade = told(prepared.decision, draft)
+        self._cascade = None
+        if draft is not None:
+            thought = Thought(prepared.call, prepared.slack, self._thought)
+            self._cascade = Cascade(self._run, draft, thought, self._judged)
         if self._run.envelope.deadline_s is not None:
             watched.bound(self._run.envelope.deadline_s)
 
@@ -154,14 +162,26 @@ class Answer:
             else:
                 await self._whole()
         finally:
+            if self._cascade is not None:
+                self._cascade.close()
             self._run.close_books()
             self._record.finish(self._run)
             if self._prepared.decision.verdict is not None:
                 self._gateway.learning.saw(self._prepared, self._key, self._run, self._exchange.request_id)
 
     def _deltas(self) -> AsyncGenerator[list[Delta], None]:
-        if self._prepared.decision.mode == "instant":
-            return instant(self._run)
+        if self._cascade is not None:
+            return self._cascade.deltas()
+        return instant(self._run) if self._prepared.decision.mode == "instant" else self._thought()
+
+    def _judged(self, report: CascadeReport) -> None:
+        """What became of the draft, before the response begins."""
+        self._cascaded = self._record.cascade = report
+        if report.outcome == "accepted":
+            self._prepared = taken(self._prepared, report)
+            self._record.begin(self._prepared)
+
+    def _thought(self) -> AsyncGenerator[list[Delta], None]:
         deltas = reasoning(self._run, self._prepared.stops)
         return deltas if self._summaries is None else self._summaries.deltas(deltas)
 
@@ -285,7 +305,8 @@ class Answer:
             raise asyncio.CancelledError
         why = "envelope.seconds" if watched.reason == "envelope" else "timeout"
         watched.go_on()
-        return self._run.end(why)
+        drafted = [] if self._cascade is None else self._cascade.rest()
+        return [*drafted, *self._run.end(why)]
 
     def _both_fields(self) -> bool:
         both = self._prepared.ask.both_fields
@@ -318,6 +339,8 @@ class Answer:
             report.summary = self._summaries.outcome
         if prepared.degraded:
             report.degraded = prepared.degraded
+        if self._cascaded is not None:
+            report.cascade = self._cascaded
         if prepared.decision.verdict is not None:
             report.decision = DecisionReport.of(prepared.decision.verdict)
         return UsageReport.of(counts), report

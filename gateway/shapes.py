@@ -19,7 +19,9 @@ from msgspec.structs import replace
 from gateway.ask.fields import check_media
 from gateway.ask.hear import hear
 from gateway.ask.request import check_text, parse_messages
-from gateway.prepare import Prepared, ceiling_of, decide
+from gateway.cascade import with_messages
+from gateway.ceiling import ceiling_of
+from gateway.prepare import Prepared, decide
 
 if TYPE_CHECKING:
     from gateway.auth import Key
@@ -65,7 +67,7 @@ SHAPING = frozenset(
 )
 NO_MESSAGES = Raw(b"[]")
 Shape = tuple[str, bytes, bytes]
-Outcome = tuple[str, int | None]
+Outcome = tuple[str, int | None, str]
 
 
 class _Kept(NamedTuple):
@@ -158,7 +160,9 @@ class Decisions:
                 return None
             known = by_text
             decision = known.decision._replace(verdict=verdict)
-            if decision.mode == verdict.mode:  # else there was no room, whatever the text says
+            if (
+                decision.mode == verdict.mode or decision.cascade is not None
+            ):  # else there was no room, whatever the text says
                 decision = decision._replace(reason=verdict.reason)
         call, cap = known.call, known.cap
         most = call.max_tokens + known.slack
@@ -169,6 +173,7 @@ class Decisions:
                 call, request_id=request_id, fields={**call.fields, "messages": Raw(messages)}, trace_headers=trace
             ),
             cap=replace(cap),  # the answer fills it in
+            draft=with_messages(known.draft, Raw(messages), request_id, trace),
             ceiling=ceiling_of(known.ask, known.model, cap.tokens, most, known.aside, body_bytes=len(body)),
         )
 
@@ -177,9 +182,10 @@ class Decisions:
         fields = {name: value.copy() for name, value in call.fields.items()}  # a view would keep its whole body
         fields["messages"] = NO_MESSAGES
         bare = replace(call, request_id="", fields=fields, trace_headers=())
+        draft = with_messages(prepared.draft, NO_MESSAGES, "", ())
         verdict = prepared.decision.verdict
         decision = prepared.decision._replace(verdict=None)
-        bare_prepared = replace(prepared, decision=decision, call=bare, cap=replace(prepared.cap))
+        bare_prepared = replace(prepared, decision=decision, call=bare, cap=replace(prepared.cap), draft=draft)
         kept = _Kept(bare_prepared, key, _found(prepared.model), {})
         before = self._kept.pop(shape, None)
         if verdict is not None:
@@ -193,7 +199,7 @@ class Decisions:
 
 def _outcome(verdict: Verdict) -> Outcome:
     """What a decision takes of a verdict: few different ones, so few are kept for a shape."""
-    return verdict.mode, verdict.most_thinking
+    return verdict.mode, verdict.most_thinking, verdict.by
 
 
 def _found(model: Model) -> list[Capabilities | None]:

@@ -6,7 +6,7 @@ the end (docs/api.md, "Counting"). O(1) per delta.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 
 UNBOUNDED = 2**63
+
+
+class Discarded(NamedTuple):
+    """A whole answer that was thrown away, as it was counted."""
+
+    answer: int
+    injected: int
+    unseen: int
+    output: int
+    wasted_thinking: int
+    usage: Usage | None
 
 
 class Tally:
@@ -135,6 +146,42 @@ class Tally:
         self.answer -= delta.answer
         self.injected -= delta.injected
         self.wasted += delta.thinking + delta.answer + delta.injected
+
+    def discard(self, most: int) -> Discarded:
+        """Throw away everything that came so far, none of which is thinking: another answer to the same prompt begins.
+
+        What only the backend's usage tells of, up to `most` tokens in all, counts as well.
+        """
+        usage, received = self.usage, self.output()
+        unseen = 0 if usage is None or self.has_ids else max(0, min(usage.completion_tokens, most) - received)
+        gone = Discarded(self.answer, self.injected, unseen, received + unseen, self.wasted_thinking, usage)
+        self.wasted += self.answer + self.injected + unseen
+        self.answer = self.injected = self.most_thinking = 0
+        self.capped = False
+        self.usage = None
+        if usage is not None:
+            self.prompt = max(self.prompt, min(usage.prompt_tokens, self._most_prompt))
+        return gone
+
+    def restore(self, gone: Discarded) -> None:
+        """Take it back: it is the answer after all."""
+        self.wasted -= gone.answer + gone.injected + gone.unseen
+        self.answer += gone.answer
+        self.injected += gone.injected
+        self.usage = gone.usage
+
+    def add_up(self, gone: Discarded) -> None:
+        """The usage of a second answer becomes that of both; their prompt was processed twice, and counts once."""
+        usage, first = self.usage, gone.usage
+        if usage is None:
+            return
+        self.usage = msgspec.structs.replace(
+            usage,
+            prompt_tokens=usage.prompt_tokens if first is None else first.prompt_tokens,
+            completion_tokens=usage.completion_tokens + gone.output,
+            cached_tokens=None if first is None else first.cached_tokens,
+            reasoning_tokens=None if usage.reasoning_tokens is None else usage.reasoning_tokens + gone.wasted_thinking,
+        )
 
     def saw_bytes(self, size: int) -> None:
         """An answer of `size` bytes came in one piece: so many tokens, at most, may be in it."""

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 from router.judge import Verdict
 from router.utility import Mode
 
-__all__ = ["MODES", "Mode", "ModeDecision", "ModeFacts", "ModeForbidden", "decide_mode"]
+__all__ = ["MODES", "Cascade", "Mode", "ModeDecision", "ModeFacts", "ModeForbidden", "When", "decide_mode"]
 MODES: tuple[Mode, ...] = ("instant", "reasoning")
+When = Literal["off", "uncertain", "always"]
 
 
 class ModeForbidden(Exception):
@@ -43,6 +44,9 @@ class ModeFacts(NamedTuple):
         is_native: the model thinks by itself; another one thinks only when asked to.
         continues: the request goes on from a message of the assistant's, where no thinking can begin.
         read: asks the text; None where it cannot be asked.
+        cascade: for which requests an instant draft shows whether thinking is needed: for none, those that neither
+            structure nor text decides, or all that structure does not decide.
+        hindrance: why none can be judged here; empty where it can.
     """
 
     asked: Literal["auto", "instant", "reasoning"]
@@ -54,14 +58,38 @@ class ModeFacts(NamedTuple):
     is_native: bool = True
     continues: bool = False
     read: Callable[[], Verdict] | None = None
+    cascade: When = "off"
+    hindrance: str = ""
+
+
+class Cascade(NamedTuple):
+    """An instant draft first, and thinking where the model was not sure of it.
+
+    Attributes:
+        runs: it does; else it was to, and `hindrance` says why not.
+        instead_of: the mode there would be without it.
+        hindrance: as in the facts.
+    """
+
+    runs: bool
+    instead_of: Mode
+    hindrance: str = ""
 
 
 class ModeDecision(NamedTuple):
-    """A mode, and why; `verdict` is the text's, where it was asked."""
+    """A mode, and why.
+
+    Attributes:
+        mode: with a cascade that runs, reasoning: what it may come to.
+        reason: in words.
+        verdict: the text's, where it was asked.
+        cascade: None where none was to run.
+    """
 
     mode: Mode
     reason: str
     verdict: Verdict | None = None
+    cascade: Cascade | None = None
 
 
 def decide_mode(facts: ModeFacts) -> ModeDecision:
@@ -91,8 +119,14 @@ def _auto(facts: ModeFacts) -> ModeDecision:
         return ModeDecision("instant", "the model does not think by itself, and nothing asks it to")
     if facts.read is not None:
         verdict = facts.read()
-        return ModeDecision(verdict.mode, verdict.reason, verdict)
-    return ModeDecision(facts.on_uncertain, "nothing in the request decides it: routing.on_uncertain")
+        decision, is_uncertain = ModeDecision(verdict.mode, verdict.reason, verdict), verdict.by == "uncertain"
+    else:
+        reason = "nothing in the request decides it: routing.on_uncertain"
+        decision, is_uncertain = ModeDecision(facts.on_uncertain, reason), True
+    if facts.cascade == "always" or (facts.cascade == "uncertain" and is_uncertain):
+        cascade = Cascade(not facts.hindrance, decision.mode, facts.hindrance)
+        return decision._replace(mode="reasoning" if cascade.runs else decision.mode, cascade=cascade)
+    return decision
 
 
 def _only_mode(allowed: Collection[str]) -> Mode | None:

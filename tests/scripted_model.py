@@ -131,6 +131,7 @@ class Model:
         tokenizes: has /tokenize and /detokenize; False: they are a 404.
         gives_usage: knows `stream_options.include_usage`.
         gives_reasoning_tokens: puts them into the usage of the chat endpoint.
+        gives_logprobs: tells log probabilities of a chat when asked.
         cached_tokens: reported as cached; "measured": what a prefix cache would hold; None: not reported.
     """
 
@@ -150,6 +151,7 @@ class Model:
     tokenizes: bool = True
     gives_usage: bool = True
     gives_reasoning_tokens: bool = True
+    gives_logprobs: bool = True
     cached_tokens: int | Literal["measured"] | None = "measured"
 
     # -- the prompt

@@ -51,7 +51,6 @@ __all__ = [
     "tool_call_tokens",
 ]
 BLOCK = 32
-LOGPROB = -0.5  # of every sampled token; that of the next best is one lower, and so on
 
 
 def dump(value: object) -> bytes:
@@ -72,7 +71,7 @@ def _name(token: Token) -> str:
 def _ranking(token: Token, count: int) -> list[tuple[str, float]]:
     """The sampled token and made-up alternatives, the best first."""
     names = [_name(token), *(f" alternative{rank}" for rank in range(1, count))]
-    return [(name, LOGPROB - rank) for rank, name in enumerate(names)]
+    return [(name, token.logprob - rank) for rank, name in enumerate(names)]
 
 
 def chat_logprobs(request: Json, batch: Sequence[tuple[Kind, Token]]) -> Json | None:
@@ -87,7 +86,7 @@ def chat_logprobs(request: Json, batch: Sequence[tuple[Kind, Token]]) -> Json | 
     return {
         "content": [
             {
-                **entry(_name(token), LOGPROB),
+                **entry(_name(token), token.logprob),
                 "top_logprobs": [entry(*one) for one in _ranking(token, count)] if count else [],
             }
             for _, token in batch
@@ -103,7 +102,7 @@ def text_logprobs(request: Json, batch: Sequence[tuple[Kind, Token]], offset: in
     names = [_name(token) for _, token in batch]
     return {
         "text_offset": [offset + sum(map(len, names[:number])) for number in range(len(names))],
-        "token_logprobs": [LOGPROB] * len(names),
+        "token_logprobs": [token.logprob for _, token in batch],
         "tokens": names,
         "top_logprobs": [dict(_ranking(token, count)) for _, token in batch],
     }
@@ -238,7 +237,7 @@ class Stream:
         if self.surface == "completions":
             body |= self._text(choice, batch, is_last=is_last)
         else:
-            body |= {"delta": self._joined(batch), "logprobs": chat_logprobs(self.request, batch)}
+            body |= {"delta": self._joined(batch), "logprobs": self._logprobs(batch)}
         body["finish_reason"] = choice.finish_reason if is_last else None
         if is_last or self.surface == "completions":
             body["stop_reason"] = choice.stop_reason if is_last else None
@@ -249,6 +248,9 @@ class Stream:
             body["token_ids"] = [token.id for _, token in batch] if wants else None
         rides = is_last and not self._wants_usage()  # else it comes with the usage
         return event({**self._head(), "choices": [body], **({"system_fingerprint": "scripted"} if rides else {})})
+
+    def _logprobs(self, batch: Sequence[tuple[Kind, Token]]) -> Json | None:
+        return chat_logprobs(self.request, batch) if self.model.gives_logprobs else None
 
     def _joined(self, batch: Sequence[tuple[Kind, Token]]) -> Json:
         delta: Json = {}
@@ -274,7 +276,7 @@ class Stream:
         if self.surface == "completions":
             body |= {"text": choice.raw(), "logprobs": text_logprobs(self.request, choice.parts, 0)}
         else:
-            body |= {"message": self._message(choice), "logprobs": chat_logprobs(self.request, choice.parts)}
+            body |= {"message": self._message(choice), "logprobs": self._logprobs(choice.parts)}
         body |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
         if self.model.gives_ids:
             wants = self.request.get("return_token_ids")

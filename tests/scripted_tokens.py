@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BOS, EOS, THINK, END_THINK, NEWLINE = 1, 2, 15, 16, 198
 FIRST_BYTE = 300  # ids of single bytes
 FIRST_WORD = 1000
 WORDS = 1 << 30  # so many that two words of a test do not meet in one id
+LOGPROB = -0.5  # of a sampled token; that of the next best is one lower, and so on
 Json = dict[str, Any]
 
 
@@ -23,12 +24,14 @@ Json = dict[str, Any]
 class Token:
     """One sampled token: `text` as a detokeniser hands it out (empty inside a character), `delta` as is.
 
-    Where `delta` is given it is what the chat endpoint sends instead of the text, as a parser would.
+    Where `delta` is given it is what the chat endpoint sends instead of the text, as a parser would. `logprob` is what
+    is told of it where that is asked for.
     """
 
     id: int
     text: str
     delta: Mapping[str, Any] | None = None
+    logprob: float = LOGPROB
 
 
 END_OF_SEQUENCE = Token(EOS, "")
@@ -43,11 +46,11 @@ def word(text: str, delta: Mapping[str, Any] | None = None) -> Token:
     return Token(FIRST_WORD + zlib.crc32(text.encode()) % WORDS, text, delta)
 
 
-def tokens(text: str) -> tuple[Token, ...]:
+def tokens(text: str, logprob: float = LOGPROB) -> tuple[Token, ...]:
     """A token per word, each with the space before it; equal words get equal ids."""
     words = text.split(" ")
     parts = [words[0], *(f" {one}" for one in words[1:])] if text else []
-    return tuple(word(part) for part in parts)
+    return tuple(replace(word(part), logprob=logprob) for part in parts)
 
 
 def byte_tokens(text: str) -> tuple[Token, ...]:

@@ -18,7 +18,6 @@ from budget.books import JUMP_BACK_S, KEPT_DAYS, tightest
 from budget.ledger import Amounts, Figures, LedgerHealth, Limit, Remaining, Standing, Unit, UsageRow, Used, Window, told
 
 NOTHING = Amounts()
-MOST_REMEMBERED = 4096  # sets of scopes
 
 
 class MemoryHold:
@@ -93,7 +92,6 @@ class MemoryLedger:
     def __init__(self, limits: Sequence[Limit] = (), *, clock: Callable[[], float]) -> None:
         self.clock = clock
         self._accounts: dict[str, list[Account]] = {}
-        self._accounts_of: dict[tuple[str, ...], Sequence[Account]] = {}
         self._known: dict[tuple[str, Unit, Window | None], Account] = {}
         # Also those that only open holds know, so that a limit that comes back finds what they extend.
         self._alive: WeakValueDictionary[tuple[str, Unit, Window | None], Account] = WeakValueDictionary()
@@ -107,7 +105,6 @@ class MemoryLedger:
         now_s, wanted = self.clock(), tightest(limits)
         self._known = {key: a for key, a in self._known.items() if key in wanted or not a.is_over(now_s - JUMP_BACK_S)}
         self._accounts = {}
-        self._accounts_of = {}
         for key, limit in wanted.items():
             account = self._alive.get(key)
             if account is None:
@@ -150,17 +147,13 @@ class MemoryLedger:
         """Nothing is pending in memory."""
 
     def accounts(self, scopes: Sequence[str]) -> Sequence[Account]:
-        """The accounts of `scopes`; remembered, since few sets of them come again and again."""
-        if not self._accounts:
-            return ()
-        key = tuple(scopes)
-        of = self._accounts_of.get(key)
-        if of is None:
-            if len(self._accounts_of) >= MOST_REMEMBERED:
-                self._accounts_of.clear()
-            of = tuple(account for scope in key for account in self._accounts.get(scope, ()))
-            self._accounts_of[key] = of
-        return of
+        """The accounts of `scopes`, O(scopes). Not remembered: with many keys each would be looked for in vain."""
+        accounts, found = self._accounts, list[Account]()
+        for scope in scopes:
+            of = accounts.get(scope)
+            if of is not None:
+                found += of
+        return found
 
     def take(self, accounts: Sequence[Account], ceiling: Amounts) -> list[Books]:
         """Hold `ceiling` in the present books of every account.

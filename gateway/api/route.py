@@ -8,6 +8,7 @@ import msgspec
 
 from gateway.ask.hear import hear
 from gateway.ask.request import check_json, decode_fields
+from gateway.cascade import told
 from gateway.edge.exchange import JSON
 from gateway.edge.extension import DecisionReport, Feedback, RouteReport, Spent, encode
 
@@ -43,6 +44,7 @@ async def serve_route(gateway: Gateway, exchange: Exchange, record: Record, watc
         text=None if verdict is None else DecisionReport.of(verdict),
         cap=prepared.cap,
         hold=Spent.of(prepared.ceiling),
+        cascade=told(decision, prepared.draft),
         request_id=exchange.request_id,
     )
     await exchange.respond(200, [JSON], encode(report))

@@ -31,6 +31,7 @@ NAMES = {struct.__name__: name for name, struct in REQUESTS.items()} | {
     "RouteReport": "Route",
     "DecisionReport": "TextDecision",
     "ArmReport": "WeighedMode",
+    "CascadeReport": "Cascade",
 }
 REQUEST_RULES = f"""
 Fields that are not listed pass to the backend as they are. Fields that contradict each other are a 400 that

@@ -204,7 +204,7 @@ class EmbeddedBackend:
             plain = await self._collect("chat", ask, rules, max_tokens=16)
             tools = await self._collect("chat", with_tools, rules, max_tokens=96)
             ids = next((delta.token_ids for delta in plain if delta.token_ids), [0])
-            instant = await self._collect("chat", {**ask, **self._off()}, quiet, max_tokens=8)
+            instant = await self._collect("chat", {**ask, "logprobs": True, **self._off()}, quiet, max_tokens=8)
             taken = await self._collect("completions", {"prompt": ids}, quiet, max_tokens=1)
             rendered = await self._rendered({**ask, **self._on()})
             taught = await self._rendered({**ask, **self._on(), "tools": [PROBE_TOOL]})
@@ -226,6 +226,7 @@ class EmbeddedBackend:
             template_opens=rendered.rstrip().endswith(rules.start.rstrip()),
             tool_format=tool_format_of(taught),
             tool_opener=engine.model.tokens.marker(OPENING).single,
+            logprobs=any(delta.logprobs is not None for delta in instant),
             detail={
                 "cap_binds": f"{thought} thinking tokens under a cap of {PROBE_CAP}",
                 "tools": "a required call came back" if calls else "no call came back",

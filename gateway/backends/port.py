@@ -188,6 +188,7 @@ class Capabilities:
         tool_opener_ids: the tokens of what begins one, where they are several.
         takes_effort: accepts `reasoning_effort`.
         continues_assistant: goes on from an assistant message that holds closed thinking, without thinking again.
+        logprobs: gives the log probabilities of a chat's tokens when asked; None: unknown.
         limit_binds: it generates no more than `max_tokens`, as far as it was seen.
         detail: one remark per capability for `thinkgate check`, e.g. why something is unknown.
     """
@@ -208,6 +209,7 @@ class Capabilities:
     tool_opener_ids: tuple[int, ...] = ()
     takes_effort: bool = False
     continues_assistant: bool = False
+    logprobs: bool | None = None
     limit_binds: bool = True
     detail: Mapping[str, str] = field(default_factory=dict)
 

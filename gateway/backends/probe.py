@@ -200,6 +200,12 @@ class _Prober:
         """Whether `reasoning_effort` is accepted."""
         return (await self.chat(reasoning_effort="low", max_tokens=PROBE_CAP)).status == 200
 
+    async def gives_logprobs(self) -> bool:
+        """Whether a chat's answer comes with log probabilities when they are asked for."""
+        answer = await self.chat(logprobs=True, max_tokens=PROBE_MIN_TOKENS, **self._backend.thinking.off)
+        logprobs = answer.choice().get("logprobs")
+        return answer.status == 200 and isinstance(logprobs, dict) and bool(logprobs.get("content"))
+
     async def continues_assistant(self) -> bool:
         """Whether an assistant message with closed thinking is gone on from: a fresh turn would begin differently."""
         thinking = self._backend.thinking
@@ -301,6 +307,7 @@ async def measure(backend: HttpBackend) -> tuple[Capabilities, MarkerIds | None]
             tool_opener_ids=continuing.tool_opener_ids,
             takes_effort=not is_vllm and await prober.takes_effort(),
             continues_assistant=continuing.forcing is None and await prober.continues_assistant(),
+            logprobs=await prober.gives_logprobs(),
             limit_binds=not isinstance(usage, dict) or _int(usage.get("completion_tokens")) <= PROBE_MAX_TOKENS,
             detail=prober.detail,
         ), markers

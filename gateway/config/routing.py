@@ -32,6 +32,14 @@ class Priors(Section):
     reasoning: ModePrior = ModePrior(success=(0.97, 0.94, 0.9, 0.83, 0.7), tokens=(500, 900, 1500, 2500, 4000))
 
 
+class CascadeConfig(Section):
+    """An instant draft first, and thinking where the model was not sure of it."""
+
+    when: Literal["off", "uncertain", "always"] = "off"
+    confidence: float = Field(0.6, gt=0, lt=1)
+    window_tokens: PositiveInt = 16
+
+
 class Routing(Section):
     """Which mode a request gets that names none, and which backend serves it."""
 
@@ -42,6 +50,7 @@ class Routing(Section):
     explore: bool = False
     busy_at: PositiveInt = 32
     priors: Priors = Priors()
+    cascade: CascadeConfig = CascadeConfig()
     placement: PlacementConfig = PlacementConfig()
     retries: RetriesConfig = RetriesConfig()
     queue: QueueConfig = QueueConfig()

@@ -204,6 +204,7 @@ class KeyTraits(Section):
     reasoning_field: Literal["upstream", "both"] = "upstream"
     lambda_per_usd: float = Field(0, ge=0, allow_inf_nan=False)
     quality_floor: float = Field(0, ge=0, le=1)
+    cascade: Literal["off", "uncertain", "always"] | None = None
 
 
 class KeyConfig(KeyTraits):

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 from gateway.errors import GatewayError, Headers, RequestTooLarge
@@ -21,10 +22,10 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# An extension of ASGI that a server may offer (http_server.py): see WholeResponse.
+# An extension of ASGI that a server may offer (http_server.py): given its `send`, writes a response in one go; or does
+# nothing and says False, where it must go the usual way.
 WHOLE_RESPONSE = "thinkgate.whole_response"
-# Writes a response in one go; or does nothing and says False, where it must go the usual way.
-WholeResponse = Callable[[int, Headers, bytes], bool]
+WholeResponse = Callable[[Send, int, Headers, bytes], bool]
 # Another: writes a part of a streamed body at once; or False, likewise.
 BODY_PART = "thinkgate.body_part"
 BodyPart = Callable[[bytes], bool]
@@ -90,7 +91,8 @@ class Exchange:
         self._send = self._server = send
         extensions = scope.get("extensions") or {}
         self._whole: WholeResponse | None = extensions.get(WHOLE_RESPONSE)
-        self.put: BodyPart | None = extensions.get(BODY_PART)
+        put: Callable[[Send, bytes], bool] | None = extensions.get(BODY_PART)
+        self.put: BodyPart | None = None if put is None else partial(put, send)
         self.authorization: bytes | None = None
         self.idempotency_key: bytes | None = None
         self._body = b""
@@ -164,7 +166,7 @@ class Exchange:
         """A whole response."""
         headers.append((b"content-length", b"%d" % len(body)))
         headers.append((b"x-request-id", self.request_id.encode()))
-        if self._whole is not None and self._whole(status, headers, body):
+        if self._whole is not None and self._whole(self._server, status, headers, body):
             self.status = status
             self.has_started = self.is_complete = True
             return

@@ -105,7 +105,7 @@ class DecisionReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the text of a request said, and what that followed from: enough to decide it again.
 
     Attributes:
-        mode: what the text said; `thinkgate.mode` may be less where there was no room.
+        mode: what the text said; `thinkgate.mode` may be less where there was no room, and what a cascade came to.
         by: `text`, `utility`, `drawn` or `uncertain`.
         on_uncertain: `routing.on_uncertain` as it was.
         quality_floor: the key's.
@@ -144,6 +144,25 @@ class DecisionReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+class CascadeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of an instant draft.
+
+    Attributes:
+        outcome: `planned` (`/v1/route`: it would run), `accepted` (the draft is the answer), `escalated` (it was thrown
+            away, and the request reasoned) or `aside` (none was made).
+        reason: why.
+        confidence: of the draft, or of the part of it that was too low; the least of all choices.
+        least: what it had to reach.
+        window_tokens: how many tokens were looked at together.
+    """
+
+    outcome: Literal["planned", "accepted", "escalated", "aside"]
+    reason: str
+    confidence: float | None = None
+    least: float | None = None
+    window_tokens: int | None = None
+
+
 class Report(Struct, kw_only=True):
     """The `thinkgate` object."""
 
@@ -162,6 +181,7 @@ class Report(Struct, kw_only=True):
     summary: SummaryReport | msgspec.UnsetType = msgspec.UNSET
     degraded: tuple[Degraded, ...] | msgspec.UnsetType = msgspec.UNSET
     decision: DecisionReport | msgspec.UnsetType = msgspec.UNSET
+    cascade: CascadeReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):
@@ -184,6 +204,7 @@ class RouteReport(Struct, kw_only=True):
         text: what the text says; null without a scorer.
         cap: as a response would have it.
         hold: what would be held.
+        cascade: whether an instant draft would be judged first; null where none is wanted.
     """
 
     object: str = "thinkgate.route"
@@ -194,6 +215,7 @@ class RouteReport(Struct, kw_only=True):
     text: DecisionReport | None
     cap: CapReport
     hold: Spent
+    cascade: CascadeReport | None
     request_id: str
 
 

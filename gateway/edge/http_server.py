@@ -8,7 +8,7 @@ O(connections), replaces two timers per request.
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+    from gateway.edge.exchange import Send
     from gateway.errors import Headers
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -66,10 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The head is whole; the app runs in a later turn of the loop."""
         self.head_since_s = None
         super().on_headers_complete()
-        self.scope["extensions"] = {
-            WHOLE_RESPONSE: partial(respond, self.cycle),  # type: ignore[dict-item]
-            BODY_PART: partial(write_part, self.cycle),  # type: ignore[dict-item]
-        }
+        self.scope["extensions"] = EXTENSIONS  # type: ignore[typeddict-item]  # ours are functions
 
     def on_response_complete(self) -> None:
         """The next request may come, unless it is here already: then uvicorn begins it."""
@@ -103,12 +101,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def respond(cycle: RequestResponseCycle, status: int, headers: Headers, body: bytes) -> bool:
+def respond(send: Send, status: int, headers: Headers, body: bytes) -> bool:
     """Write a whole response; `headers` name its length. False, with nothing written, where uvicorn must do it.
 
     uvicorn takes a response in two messages and looks at each header for what it might mean. Here that is
     known; whatever else is out of the ordinary is left to uvicorn, also a header that would end its line.
     """
+    cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]  # uvicorn's `send` is its method
     if (
         cycle.response_started
         or cycle.disconnected
@@ -131,11 +130,12 @@ def respond(cycle: RequestResponseCycle, status: int, headers: Headers, body: by
     return True
 
 
-def write_part(cycle: RequestResponseCycle, body: bytes) -> bool:
+def write_part(send: Send, body: bytes) -> bool:
     """Write a part of a chunked body that goes on. False, with nothing written, where uvicorn must do it.
 
     A streamed token is one such part: a coroutine and two dictionaries for each are most of what uvicorn costs.
     """
+    cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
     if (
         cycle.flow.write_paused
         or cycle.disconnected
@@ -146,6 +146,11 @@ def write_part(cycle: RequestResponseCycle, body: bytes) -> bool:
         return False
     cycle.transport.write_now(b"%x\r\n%b\r\n" % (len(body), body))  # type: ignore[attr-defined]  # ours
     return True
+
+
+# Functions, and no state: a scope that refers to its own cycle is garbage that only the collector finds, and until it
+# does, every request runs in memory that no cache has.
+EXTENSIONS = MappingProxyType({WHOLE_RESPONSE: respond, BODY_PART: write_part})
 
 
 async def sweep_heads(connections: Iterable[object], patience_s: float) -> None:

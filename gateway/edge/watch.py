@@ -68,6 +68,7 @@ class Watched:
         del self._running[id(self)]
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # or it and this would refer to each other, and be garbage for the collector
         if self.reason is not None and kind is asyncio.CancelledError:
             self._task.uncancel()
             raise _outcome(self.reason) from None

@@ -66,7 +66,7 @@ class Chains:
         # Where no thinking comes first, or the backend has taken the call already, mistakes show by themselves.
         trial = None if lost or self._call.thinking.cap == 0 else self._trial()
         is_open, has_closed = self._tail()
-        self._rules = self._bounds(aside=0 if trial is None else TRIAL_TOKENS, has_closed=has_closed)
+        self._rules = self._bounds(aside=self._run.spent_before + (TRIAL_TOKENS if trial else 0), has_closed=has_closed)
         if trial is not None:
             await self._try_answer(trial)
         streams = []
@@ -297,7 +297,8 @@ class Chains:
 
         Raises: InvalidRequest when the window, the envelope or `max_tokens` has no room.
         """
-        run, thinking, prompt = self._run, self._call.thinking, len(self._prompt)
+        run, thinking = self._run, self._call.thinking
+        prompt = max(len(self._prompt), run.tally.prompt)  # a draft's may have been longer: it counts once
         total, window = self._call.max_tokens, self._found.max_model_len
         least = 0 if has_closed else self._forcing.ending()  # of a chain that ends as soon as it begins
         forced = self._forcing.overhead() if thinking.cap != 0 and not has_closed else least

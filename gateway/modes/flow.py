@@ -92,6 +92,7 @@ class Run:
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
         tenant: in whose turn it waits, where it has to.
+        spent_before: output tokens of an answer that was thrown away.
     """
 
     model: Model
@@ -115,12 +116,25 @@ class Run:
     is_cut: bool = False
     deliver: Callable[[bytes], bool] | None = None
     tenant: str = ""
+    spent_before: int = 0
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
         self.most_output = (self.call.max_tokens + self.slack) * self.choices
         self.is_bounded = self.envelope.is_bounded()
         self.hold.report(self.used)
+
+    def begin_anew(self, call: Call, slack: int) -> None:
+        """Another call in the place of the one before, of which nothing was delivered; what that used stays counted."""
+        self.call, self.slack = call, slack
+        self.most_output = (call.max_tokens + slack) * self.choices
+        self.spent_before = self.tally.output()
+        self.finished, self.enforced, self.guard = set(), Enforced(), None
+        self.ended_by, self.is_cut = None, False
+
+    def has_output(self) -> bool:
+        """Whether anything of this call came."""
+        return self.tally.output() > self.spent_before
 
     def used(self) -> Amounts:
         """What was used so far; whoever holds for it asks at least once a second."""
@@ -225,7 +239,7 @@ class Run:
             if spent == "hold":
                 self.end(spent)  # it goes on after its end: nobody listens any more
             return deltas
-        if spent == "envelope.seconds" and not self.tally.output():
+        if spent == "envelope.seconds" and not self.has_output():
             raise DeadlinePassed("The envelope's seconds passed before the first token.")
         return [*deltas, *self.end(spent)]
 
@@ -297,9 +311,9 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
                     source = run.go_on(slot)
                 is_done = True
             except (UpstreamError, DeadlinePassed) as exc:
-                attempts.failed(slot, exc, has_begun=has_begun or run.tally.output() > 0)
+                attempts.failed(slot, exc, has_begun=has_begun or run.has_output())
             finally:
                 attempts.leave()
-    attempts.ended(run.tally.usage, run.tally.output())
+    attempts.ended(run.tally.usage, run.tally.output() - run.spent_before)
     if run.ended_by is None and len(run.finished) < run.choices:
         raise UpstreamError("The backend ended its stream before every choice was finished.")

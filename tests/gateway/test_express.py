@@ -133,11 +133,14 @@ class Cycle:
     def write_now(self, data: bytes) -> None:
         self.written.append(data)
 
+    async def send(self, message: Any) -> None:
+        """What the extension is given."""
+
 
 def test_a_part_is_one_chunk_on_the_wire() -> None:
     """Size in hexadecimal, the bytes, and nothing else."""
     cycle: Any = Cycle()
-    assert write_part(cycle, b"data: twenty bytes\n\n")
+    assert write_part(cycle.send, b"data: twenty bytes\n\n")
     assert cycle.written == [b"14\r\ndata: twenty bytes\n\n\r\n"]
 
 
@@ -154,11 +157,11 @@ def test_a_part_is_one_chunk_on_the_wire() -> None:
 def test_anything_unusual_is_left_to_uvicorn(changed: dict[str, Any]) -> None:
     """A part is not written where it could not be, must wait, or would need another form."""
     cycle: Any = Cycle(**changed)
-    assert not write_part(cycle, b"x")
+    assert not write_part(cycle.send, b"x")
     assert cycle.written == []
 
 
 def test_an_empty_part_is_not_written() -> None:
     """An empty chunk would end the body."""
     cycle: Any = Cycle()
-    assert not write_part(cycle, b"")
+    assert not write_part(cycle.send, b"")

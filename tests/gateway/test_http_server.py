@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 from contextlib import asynccontextmanager
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from gateway.edge.exchange import WHOLE_RESPONSE, Exchange
+from gateway.edge.exchange import Exchange
 from gateway.edge.http_server import MAX_HEAD_BYTES, GuardedProtocol, sweep_heads
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 async def whole(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with the request's own query as a header; the short way, unless the path is /usual."""
     if scope["path"] == "/usual":
-        del scope["extensions"][WHOLE_RESPONSE]
+        scope["extensions"] = {}
     await Exchange(scope, receive, send).respond(200, [(b"x-query", scope["query_string"])], b"ok")
 
 
@@ -99,6 +101,20 @@ async def test_broken_http_is_refused_in_the_usual_format() -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+async def test_an_answered_request_leaves_nothing_to_the_garbage_collector() -> None:
+    """Its memory is free for the next one at once: no cycle keeps it until a collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(whole) as (_, port):
+            once = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+            await talk(port, *[once] * 9, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        left = [each for each in gc.get_objects() if isinstance(each, RequestResponseCycle)]
+    finally:
+        gc.enable()
+    assert len(left) <= 1
 
 
 async def test_head_that_never_ends_is_cut_by_the_sweep() -> None:

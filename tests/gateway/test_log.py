@@ -112,6 +112,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "degraded",
         "replayed",
         "decision",
+        "cascade",
     )
 
 

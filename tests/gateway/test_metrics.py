@@ -70,6 +70,7 @@ def full() -> Metrics:
     counted.overrun("qwen", "a")
     counted.enforced("qwen", Enforced("two_phase", resent_tokens=70, resent_cached_tokens=64, switches_s=[0.0002]))
     counted.degraded.add("cap", "qwen")
+    counted.cascades.add("qwen", "accepted")
     counted.webhook_calls.add("sent")
     counted.refusals.add("rate")
     counted.disconnects.add("/v1/chat/completions")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.backends.port import Capabilities, Surface
+from gateway.ceiling import MEDIA_PART_TOKENS, TEMPLATE_MARGIN_TOKENS
 from gateway.errors import InvalidRequest
-from gateway.prepare import MEDIA_PART_TOKENS, TEMPLATE_MARGIN_TOKENS
 from tests.gateway.still import CHAT, HOLDS_CAPS, TEXT, Json, config_of, key, prepared
 
 IGNORES_CAPS = Capabilities(cap_binds=False)

@@ -118,7 +118,7 @@ async def test_openai_server_is_asked_nothing_of_vllms(scripted: ScriptedBackend
     found = await backend_of(scripted.url, kind="openai").probe()
     assert (found.cap_binds, found.token_ids_in) == (False, False)
     fields = {name for call in scripted.calls for name in call.json}
-    asked = {"reasoning_effort", "continue_final_message", "add_generation_prompt"}  # whether it knows them
+    asked = {"logprobs", "reasoning_effort", "continue_final_message", "add_generation_prompt"}  # whether it knows them
     assert fields <= {"model", "messages", "max_tokens", "chat_template_kwargs", "temperature", *asked}
     assert "/tokenize" not in {exchange.path for exchange in scripted.exchanges}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from router.features import NAMES
 from router.judge import LONG_CHARS, Policy, judge, judge_score
-from router.mode import ModeFacts, decide_mode
+from router.mode import ModeDecision, ModeFacts, decide_mode
 from router.scorer import Score, parse_scorer
 from router.utility import Arm
 
@@ -87,5 +87,5 @@ def test_the_verdict_becomes_the_decision() -> None:
     """Where nothing else decides, mode and reason are the text's, and the verdict rides along."""
     verdict = judge(SCORER, "hello there", Policy(), has_media=False)
     decision = decide_mode(ModeFacts("auto", None, None, "auto", "reasoning", 100, read=lambda: verdict))
-    assert decision == (verdict.mode, verdict.reason, verdict)
+    assert decision == ModeDecision(verdict.mode, verdict.reason, verdict)
     assert verdict.mode == "instant"

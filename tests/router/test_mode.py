@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from router.mode import ModeDecision, ModeFacts, ModeForbidden, decide_mode
+from router.judge import By, Verdict
+from router.mode import Cascade, Mode, ModeDecision, ModeFacts, ModeForbidden, When, decide_mode
 
 BOTH = frozenset({"instant", "reasoning"})
 
@@ -128,3 +129,38 @@ def test_a_request_that_continues_a_message_is_instant_unless_it_says_otherwise(
     decision = decide_mode(facts(continues=True, default_mode="reasoning"))
     assert decision == ModeDecision("instant", "the request continues a message")
     assert decide_mode(facts(continues=True, asked="reasoning", asked_by="x")).mode == "reasoning"
+
+
+@pytest.mark.parametrize("when", ["off", "uncertain", "always"])
+@pytest.mark.parametrize("by", ["text", "utility", "drawn", "uncertain"])
+@pytest.mark.parametrize("mode", ["instant", "reasoning"])
+def test_a_cascade_takes_the_place_of_what_is_not_certain(when: When, by: By, mode: Mode) -> None:
+    """It runs where it is wanted, comes to reasoning at most, and remembers what there would be without it."""
+    verdict = Verdict(mode, "so it says", by=by)
+    decision = decide_mode(ModeFacts("auto", None, None, "auto", "reasoning", 100, read=lambda: verdict, cascade=when))
+    wanted = when == "always" or (when == "uncertain" and by == "uncertain")
+    assert decision.cascade == (Cascade(runs=True, instead_of=mode) if wanted else None)
+    assert decision.mode == ("reasoning" if wanted else mode)
+    assert decision.verdict is verdict
+
+
+def test_a_cascade_that_is_hindered_changes_nothing() -> None:
+    """The mode is what it would be, and the reason is kept."""
+    facts = ModeFacts("auto", None, None, "auto", "instant", 100, cascade="always", hindrance="tools")
+    decision = decide_mode(facts)
+    assert (decision.mode, decision.cascade) == ("instant", Cascade(False, "instant", "tools"))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        ModeFacts("instant", "thinkgate.mode", None, "auto", "reasoning", 100, cascade="always"),
+        ModeFacts("auto", None, {"reasoning"}, "auto", "reasoning", 100, cascade="always"),
+        ModeFacts("auto", None, None, "instant", "reasoning", 100, cascade="always"),
+        ModeFacts("auto", None, None, "auto", "reasoning", 0, cascade="always"),
+        ModeFacts("auto", None, None, "auto", "reasoning", 100, is_native=False, cascade="always"),
+    ],
+)
+def test_what_structure_decides_has_no_cascade(facts: ModeFacts) -> None:
+    """A mode that is asked for, configured, the key's only one or the only one possible is not tried out."""
+    assert decide_mode(facts).cascade is None
