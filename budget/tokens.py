@@ -48,3 +48,7 @@ class TokenCounts(msgspec.Struct, kw_only=True):
     def completion(self) -> int:
         """`usage.completion_tokens`: every output token of the delivered choices."""
         return self.thinking + self.answer + self.injected
+
+    def plus(self, more: TokenCounts) -> TokenCounts:
+        """Both together."""
+        return TokenCounts(**{name: getattr(self, name) + getattr(more, name) for name in self.__struct_fields__})

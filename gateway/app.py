@@ -311,11 +311,10 @@ class Gateway(FastAPI):
                 self._watch_slots()
 
     async def _look_names_up(self) -> bool:
-        config = self.serving.config
-        is_other = await self.names.refresh(config) and self.serving.config is config
-        if is_other:
+        is_other = await self.names.refresh(self.serving.config)
+        if is_other:  # under the configuration of now: it may have been reloaded meanwhile
             known, names = self.serving.models, self.names
-            self.serving = serving(config, self.stored, self.statistics, known=known, names=names)
+            self.serving = serving(self.serving.config, self.stored, self.statistics, known=known, names=names)
         return is_other
 
     async def _sweep(self) -> None:
@@ -339,7 +338,13 @@ async def _keep(slot: Slot, model: Model) -> None:
 
 
 async def _close_when_idle(slot: Slot) -> None:
-    await slot.drained()
+    """Let its calls end, which may still take too long: nobody else looks after it any more."""
+    while slot.in_flight:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SWEEP_S):
+                await slot.drained()
+        if isinstance(slot.backend, HttpBackend):
+            slot.backend.pool.sweep()
     await slot.backend.close()
 
 

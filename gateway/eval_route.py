@@ -66,8 +66,8 @@ def replay(told: DecisionReport, scorer: Scorer) -> DecisionReport:
     policy = Policy(
         on_uncertain=told.on_uncertain,
         quality_floor=told.quality_floor,
-        weighed=(lambda _level: arms) if told.by == "utility" else None,
-        drawn=(lambda _level: arms) if told.by == "drawn" else None,
+        weighed=(lambda _level: arms) if arms and told.by == "utility" else None,
+        drawn=(lambda _level: arms) if arms and told.by == "drawn" else None,
     )
     score = scorer.score([told.features.get(name, 0.0) for name in NAMES])
     return DecisionReport.of(judge_score(scorer, score, policy))

@@ -24,22 +24,25 @@ class Fallbacks:
     Args:
         request: what came from the client.
         asked: as it was prepared for the model it names.
+
+    Attributes:
+        failure: why that model could not serve, once it could not.
     """
 
-    __slots__ = ("_asked", "_left", "_request", "_why")
+    __slots__ = ("_asked", "_left", "_request", "failure")
 
     def __init__(self, request: Request, asked: Prepared) -> None:
         self._request, self._asked = request, asked
-        self._why: str | None = None
+        self.failure: GatewayError | None = None
         self._left: list[str] = []
 
     def after(self, error: GatewayError, *, has_started: bool) -> Prepared:
         """The request on the next model that may serve it, not held yet. Raises: the error, where there is none."""
         if has_started:
             raise error
-        if self._why is None:
+        if self.failure is None:
             self._left = [name for name in self._asked.model.config.fallback if name != self._asked.model.name]
-            self._why = error.code or error.type
+            self.failure = error
         found = self.instead()
         if found is None:
             raise error
@@ -47,14 +50,15 @@ class Fallbacks:
 
     def instead(self) -> Prepared | None:
         """The same, where a model of the chain could not be held; None at its end, and before it was begun."""
-        if self._why is None or not self._left:
+        if self.failure is None or not self._left:
             return None
+        why = self.failure.code or self.failure.type
         asked, heard = self._asked, self._request.hear()
         while self._left:
             name = self._left.pop(0)
             found = self._request.again(asked, heard._replace(ask=replace(asked.ask, model=name)))
             if found is None:
                 continue  # not for this key, or not with what the request asks for
-            told = Degraded(step="model", was=asked.model.name, to=name, scope=asked.model.scope, unit=self._why)
+            told = Degraded(step="model", was=asked.model.name, to=name, scope=asked.model.scope, unit=why)
             return replace(found, degraded=(told,))
         return None

@@ -67,7 +67,7 @@ class Names:
             parts = urlsplit(f"//{name}")
             try:
                 found = await self.lookup(parts.hostname or "", parts.port or 80)
-            except OSError as exc:
+            except (OSError, UnicodeError) as exc:  # the latter for what can be no name at all
                 log.warning("name not found", extra={"name_looked_up": name, "reason": str(exc)})
                 continue
             if found and self._addresses.get(name) != tuple(found):

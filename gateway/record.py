@@ -24,6 +24,7 @@ class Record:
     """Facts of one request; what a completion does not tell through `begin` and `finish` is set as it is learned."""
 
     __slots__ = (
+        "_before",
         "_ended_at_s",
         "_exchange",
         "_metrics",
@@ -52,6 +53,7 @@ class Record:
         self.route = route
         self._prepared: Prepared | None = None
         self._run: Run | None = None
+        self._before: tuple[TokenCounts, int] | None = None
         self.key = self.model = self.backend = ""
         self.cascade: CascadeReport | None = None
         self.counts = TokenCounts()
@@ -64,9 +66,19 @@ class Record:
         self.replayed = False
 
     def begin(self, prepared: Prepared) -> None:
-        """Model and mode are known."""
+        """Model and mode are known. What was used on a model before, which could not serve, is counted at once."""
+        if self._run is not None and self._prepared is not None:
+            self._metrics.used(self.model, self._prepared.decision.mode, self.counts, self.nano_usd)
+            self._before = self._spent()
+            self._run, self.backend, self.counts, self.nano_usd = None, "", TokenCounts(), 0
         self._prepared = prepared
         self.model = prepared.model.name
+
+    def _spent(self) -> tuple[TokenCounts, int]:
+        """Tokens and nano-USD of everything that was tried."""
+        if self._before is None:
+            return self.counts, self.nano_usd
+        return self.counts.plus(self._before[0]), self.nano_usd + self._before[1]
 
     def first_byte(self, first_byte_s: float, overhead_s: float) -> None:
         """The response begins."""
@@ -101,6 +113,7 @@ class Record:
         if run is not None and prepared is not None:
             cap, capped = prepared.cap.tokens, run.tally.capped
             self._publish_thinking(prepared, run)
+        tokens, nano_usd = self._spent()
         return RequestLine(
             event="request",
             time=self._ended_at_s,
@@ -115,11 +128,11 @@ class Record:
             stream=prepared is not None and prepared.ask.stream,
             seconds=round(seconds, 6),
             overhead_ms=round(self.overhead_s * 1000, 3),
-            tokens=self.counts,
+            tokens=tokens,
             cap=cap,
             capped=capped,
             ended_by=self.ended_by,
-            cost_nano_usd=self.nano_usd,
+            cost_nano_usd=nano_usd,
             offline=self.is_offline,
             error=self.error,
             degraded=() if prepared is None else prepared.degraded,

@@ -81,8 +81,8 @@ async def serve_completion(
             lower = None
             if isinstance(exc, HoldRefused):
                 lower = one_step_down(request, prepared, hold, exc) or fallbacks.instead()
-            if lower is None:
-                raise refusal(exc, gateway.limit_headers(hold)) from exc
+            if lower is None:  # that another model could not be held is not what went wrong
+                raise fallbacks.failure or refusal(exc, gateway.limit_headers(hold)) from exc
             prepared = lower
         except (Overloaded, UpstreamError) as exc:
             prepared = fallbacks.after(exc, has_started=exchange.has_started)

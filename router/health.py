@@ -76,26 +76,34 @@ class Breaker:
         if self._until_s is not None and now_s >= self._until_s:
             self._probe_until_s = now_s + self._pause_s * 10
 
-    def succeeded(self, now_s: float) -> None:
-        """A call answered; one that was placed before the breaker opened proves nothing."""
+    def left(self, placed_s: float) -> None:
+        """A call ended that was placed then; if it was the probe and proved nothing, another one may be tried."""
+        if self._proves(placed_s):
+            self._probe_until_s = None
+
+    def succeeded(self, now_s: float, placed_s: float) -> None:
+        """A call answered; one that was placed before the pause was over proves nothing."""
         self.outcomes.add(now_s, failed=False)
         self._in_a_row = 0
-        if self.state(now_s) == "half_open":
+        if self.state(now_s) == "half_open" and self._proves(placed_s):
             self.outcomes = Outcomes()
             self._until_s = self._probe_until_s = None
             self._opened = 0
 
-    def failed(self, now_s: float) -> None:
-        """A call failed, by the backend's fault."""
+    def failed(self, now_s: float, placed_s: float) -> None:
+        """A call failed, by the backend's fault; as before, one of an earlier time does not open it anew."""
         self.outcomes.add(now_s, failed=True)
         self._in_a_row += 1
         state = self.state(now_s)
-        if state == "half_open":
+        if state == "half_open" and self._proves(placed_s):
             self.open(now_s)
         elif state == "closed":
             share, total = self.outcomes.share(now_s)
             if self._in_a_row >= self._failures or (total >= self._enough and share >= 0.5):
                 self.open(now_s)
+
+    def _proves(self, placed_s: float) -> bool:
+        return self._until_s is None or placed_s >= self._until_s
 
     def open(self, now_s: float) -> None:
         """Let nobody through for a pause."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from math import exp, isfinite
+from math import exp
 from typing import Any, NamedTuple
 
 from router.features import FEATURES_VERSION, NAMES, features
 
 FORMAT = "thinkgate-scorer-1"
 MOST_BYTES = 1_000_000
+MOST_NUMBER = 1e6  # so that no sum of them overflows
 LEVELS = (1, 2, 3, 4, 5)
 
 
@@ -111,9 +112,9 @@ def parse_scorer(artefact: bytes) -> Scorer:
             digest=told[:12],
             weights=_numbers(body["weights"]),
             level_weights=_numbers(body["level_weights"]),
-            **{name: float(body[name]) for name in ("bias", "slope", "shift", "low", "high", "level_bias")},
+            **{name: _number(body[name]) for name in ("bias", "slope", "shift", "low", "high", "level_bias")},
         )
-    except (KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
         raise WrongArtefact(f"a number is missing or wrong: {exc}") from exc
     if not 0 <= scorer.low <= scorer.high <= 1:
         raise WrongArtefact("its band is not within 0 and 1")
@@ -131,7 +132,13 @@ def digest_of(body: dict[str, Any]) -> str:
 
 
 def _numbers(values: Sequence[float]) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != len(NAMES) or not all(map(isfinite, numbers)):
-        raise ValueError(f"not {len(NAMES)} finite weights")
-    return numbers
+    if len(values) != len(NAMES):
+        raise ValueError(f"not {len(NAMES)} weights")
+    return tuple(map(_number, values))
+
+
+def _number(value: float) -> float:
+    number = float(value)
+    if not abs(number) <= MOST_NUMBER:
+        raise ValueError(f"{number} is not within {MOST_NUMBER}")
+    return number

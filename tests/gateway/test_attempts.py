@@ -105,6 +105,19 @@ async def test_a_backend_that_keeps_failing_is_left_alone(
     assert (await ask(two, INSTANT)).headers["x-thinkgate-backend"] == "a"
 
 
+@pytest.mark.parametrize("body", BODIES)
+async def test_a_clients_mistake_is_no_reason_to_leave_a_backend_alone(
+    two: Live, scripted: ScriptedBackend, body: Json
+) -> None:
+    """Where the call that was to prove a backend was refused for its own fault, the next one proves it."""
+    slot = two.slot()
+    slot.breaker.open(slot.clock() - 100)
+    scripted.queue(refusal(400, "no such thing"))
+    assert (await ask(two, body)).status == 400
+    assert (await ask(two, body)).headers["x-thinkgate-backend"] == "a"
+    assert slot.breaker.state(slot.clock()) == "closed"
+
+
 def question(exchange: Exchange) -> str:
     """Which of the questions a call asks."""
     asked: str = exchange.json["messages"][-1]["content"]

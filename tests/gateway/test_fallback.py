@@ -71,3 +71,33 @@ async def test_there_is_no_falling_back_after_the_first_byte(scripted: ScriptedB
         answer = await ask(gateway, {**STREAM, **INSTANT})
         assert "error" in answer.chunks()[-1]
         assert other.calls == []
+
+
+ADA = {"id": "ada", "secret_sha256": hashlib.sha256(b"sk-ada").hexdigest()}
+AS_ADA = {"authorization": "Bearer sk-ada"}
+
+
+async def test_a_fallback_that_limits_refuse_leaves_the_failure_as_the_answer(scripted: ScriptedBackend) -> None:
+    """Who was let in hears why its model could not serve, not that another one would have been one request too many."""
+    limits = [{"scope": "key:ada", "unit": "requests", "amount": 1, "window": "minute"}]
+    async with ScriptedBackend() as other, live(chain_of(scripted, other, keys=[ADA], limits=limits)) as gateway:
+        scripted.default = BROKEN
+        answer = await ask(gateway, INSTANT, headers=AS_ADA)
+        assert (answer.status, answer.error["type"]) == (502, "upstream_error")
+        assert (await ask(gateway, INSTANT, headers=AS_ADA)).status == 429
+        await gateway.assert_settled()
+
+
+async def test_what_was_used_before_a_fallback_is_told(scripted: ScriptedBackend) -> None:
+    """Log and metrics have every token and nano-USD that both models were settled for, each under its own name."""
+    limits = [{"scope": "key:ada", "unit": "usd", "amount": 1000, "window": "day"}]
+    async with ScriptedBackend() as other, live(chain_of(scripted, other, keys=[ADA], limits=limits)) as gateway:
+        scripted.queue(Script(say=[Say(thinking=tokens("a b c d e f g h"), answer=tokens("x"))], dies_after=6))
+        answer = await ask(gateway, ASK, headers=AS_ADA)
+        assert (answer.status, answer.json["model"]) == (200, "small")
+        await gateway.assert_settled()
+        (line,) = gateway.request_lines()
+        (account,) = gateway.gateway.ledger.accounts(["key:ada"])  # type: ignore[attr-defined]  # in memory
+        assert line["cost_nano_usd"] == sum(page.settled for page in account.books.values())
+        assert line["cost_nano_usd"] > answer.json["thinkgate"]["settled"]["nano_usd"]
+        assert gateway.metric("thinkgate_tokens_total", model=MODEL, mode="reasoning", kind="thinking") > 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from gateway.config.schema import Config
 from gateway.names import Names
 from tests.gateway.live import INSTANT, MODEL, ask, live, tree_of
 from tests.gateway.still import config_of
 from tests.scripted_backend import ScriptedBackend
+from tests.scripted_script import Gate, Script
 
 
 class Book:
@@ -79,3 +83,49 @@ async def test_addresses_come_and_go_while_serving(scripted: ScriptedBackend, mo
         await gateway.logs.wait("addresses changed", 3)
         assert gateway.gateway.serving.models[MODEL].slots == [kept]
         assert (await ask(gateway, INSTANT)).status == 200
+
+
+async def test_a_call_at_an_address_that_is_gone_keeps_its_deadlines(
+    scripted: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that falls silent and leaves the configuration does not keep its calls for ever."""
+    monkeypatch.setattr("gateway.app.SWEEP_S", 0.01)
+    async with ScriptedBackend() as other:
+        tree = tree_of(scripted, server={"timeouts": {"first_byte_s": 0.1}})
+        async with live(tree) as gateway:
+            silent = Gate()
+            scripted.default = Script(gates={-1: silent})
+            asking = asyncio.create_task(ask(gateway, {**INSTANT, "stream": True}))
+            await silent.wait()
+            gateway.gateway.reload(Config.model_validate({**tree, "models": tree_of(other)["models"]}))
+            assert (await asking).status == 504
+            await gateway.assert_settled()
+
+
+async def test_addresses_found_during_a_reload_are_used(scripted: ScriptedBackend) -> None:
+    """A look-up that a reload overtakes counts for the configuration that is in force by then."""
+    tree = tree_of(scripted)
+    tree["models"][MODEL]["backends"][0]["url"] = f"dns+http://svc:{scripted.port}"
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def slow(host: str, port: int) -> list[str]:
+        asked.set()
+        await answer.wait()
+        return ["127.0.0.1"]
+
+    async with live(tree_of(scripted)) as gateway:
+        gateway.gateway.names.lookup = slow
+        gateway.gateway.reload(Config.model_validate(tree))
+        looking = asyncio.create_task(gateway.gateway._look_names_up())
+        await asked.wait()
+        gateway.gateway.reload(Config.model_validate(tree))
+        answer.set()
+        assert await looking
+        assert [slot.config.id for slot in gateway.gateway.serving.models[MODEL].slots] == ["a-127.0.0.1"]
+        gateway.gateway._watch_slots()
+
+
+async def test_what_can_be_no_name_is_no_address() -> None:
+    """A name that nobody can encode is not found, and nothing else happens."""
+    config = config_of(behind(f"dns+http://{'x' * 70}:8000"))
+    assert not await Names().refresh(config)

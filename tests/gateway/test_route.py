@@ -125,6 +125,15 @@ def test_every_kind_of_decision_can_be_repeated(probability: float, by: str) -> 
     assert replay(told, SCORER) == told
 
 
+@pytest.mark.parametrize("by", ["utility", "drawn"])
+def test_a_record_that_lost_its_arms_is_told(by: str) -> None:
+    """What was weighed cannot be weighed again without the arms: the decision counts as one that differs."""
+    assert SCORER is not None
+    told = _plain(DecisionReport.of(judge(SCORER, "How many squares are on the board?", Policy(), has_media=False)))
+    line = {"request_id": "r1", "decision": {**told, "by": by}}
+    assert eval_route([json.dumps(line).encode()], SCORER, io.StringIO()) == 1
+
+
 def test_a_changed_record_and_a_changed_scorer_are_told() -> None:
     """A decision that this scorer made and does not repeat is an error; one of another scorer is only counted."""
     assert SCORER is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import Any
 
@@ -93,6 +94,18 @@ async def test_the_summarising_call_has_nothing_of_the_clients(
         "stream_options": {"include_usage": True},
         "stream_interval": first.json["stream_interval"],
     }
+
+
+async def test_thoughts_are_cached_for_their_tenant_only(scripted: ScriptedBackend) -> None:
+    """The summarising call carries the tenant's salt, as the call does whose thoughts it quotes."""
+    ada = {"id": "ada", "secret_sha256": hashlib.sha256(b"sk-ada").hexdigest()}
+    async with live(tree_of(scripted, keys=[ada])) as gateway:
+        scripted.forget()
+        scripted.queue(Script(say=[THINKS]), Script(say=[TELLS]))
+        body = {**ASK, "reasoning": {"summary": "auto"}}
+        assert (await ask(gateway, body, headers={"authorization": "Bearer sk-ada"})).status == 200
+        first, second = scripted.calls
+        assert second.json["cache_salt"] == first.json["cache_salt"]
 
 
 @pytest.mark.parametrize("body", [ASK, STREAM])

@@ -15,7 +15,7 @@ def broken(at_s: float = 0.0) -> Breaker:
     """A breaker that has just opened for 2 s."""
     breaker = Breaker(3, pause_s=2.0, most_s=7.0)
     for _ in range(3):
-        breaker.failed(at_s)
+        breaker.failed(at_s, at_s)
     return breaker
 
 
@@ -23,9 +23,9 @@ def test_failures_in_a_row_open_it() -> None:
     """The third failure in a row of three opens it; a success in between begins the row anew."""
     breaker = Breaker(3)
     for _ in range(2):
-        breaker.failed(0.0)
-    breaker.succeeded(0.0)
-    breaker.failed(0.0)
+        breaker.failed(0.0, 0.0)
+    breaker.succeeded(0.0, 0.0)
+    breaker.failed(0.0, 0.0)
     assert breaker.allows(0.0)
     breaker = broken()
     assert (breaker.state(1.9), breaker.allows(1.9)) == ("open", False)
@@ -35,7 +35,7 @@ def test_a_backend_that_fails_every_other_time_is_stopped() -> None:
     """Half of the recent calls failing opens it, though never two of them in a row."""
     breaker = Breaker(5, enough=8)
     for i in range(16):
-        (breaker.failed if i % 2 else breaker.succeeded)(i * 0.01)
+        (breaker.failed if i % 2 else breaker.succeeded)(i * 0.01, i * 0.01)
     assert breaker.state(0.16) == "open"
 
 
@@ -46,7 +46,7 @@ def test_one_probe_at_a_time_decides() -> None:
         assert (breaker.state(2.0), breaker.allows(2.0)) == ("half_open", True)
         breaker.placed(2.0)
         assert not breaker.allows(2.1)
-        (breaker.succeeded if ends_well else breaker.failed)(2.2)
+        (breaker.succeeded if ends_well else breaker.failed)(2.2, 2.0)
         assert breaker.state(2.2) == ("closed" if ends_well else "open")
 
 
@@ -63,19 +63,37 @@ def test_pauses_grow_to_a_bound_and_are_forgotten_once_it_is_well() -> None:
     for pause_s in (2.0, 4.0, 7.0, 7.0):
         assert (breaker.allows(now_s + pause_s - 0.01), breaker.allows(now_s + pause_s)) == (False, True)
         now_s += pause_s
-        breaker.failed(now_s)
+        breaker.failed(now_s, now_s)
     breaker = broken()
-    breaker.succeeded(2.0)
+    breaker.succeeded(2.0, 2.0)
     for _ in range(3):
-        breaker.failed(3.0)
+        breaker.failed(3.0, 3.0)
     assert (breaker.allows(4.9), breaker.allows(5.0)) == (False, True)
 
 
 def test_a_late_success_of_before_does_not_close_it() -> None:
     """An answer that began before it opened says nothing about now."""
     breaker = broken()
-    breaker.succeeded(1.0)
+    breaker.succeeded(1.0, 1.0)
     assert breaker.state(1.0) == "open"
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_only_the_probe_decides(ends_well: bool) -> None:
+    """What was placed before and ends while the probe runs neither closes a breaker nor opens it anew."""
+    breaker = broken()
+    breaker.placed(2.0)
+    (breaker.succeeded if ends_well else breaker.failed)(2.1, 0.0)
+    breaker.left(0.0)
+    assert (breaker.state(2.1), breaker.allows(2.1)) == ("half_open", False)
+
+
+def test_a_probe_that_proves_nothing_makes_way() -> None:
+    """A probe whose client left, or whose request was wrong, is followed by another at once."""
+    breaker = broken()
+    breaker.placed(2.0)
+    breaker.left(2.0)
+    assert (breaker.state(2.1), breaker.allows(2.1)) == ("half_open", True)
 
 
 @FEW
@@ -85,11 +103,14 @@ def test_it_always_comes_back(steps: list[tuple[str, float]]) -> None:
     breaker, now_s = Breaker(2, pause_s=1.0, most_s=8.0), 0.0
     for step, seconds in steps:
         now_s += seconds
-        {"ok": breaker.succeeded, "bad": breaker.failed, "place": breaker.placed}[step](now_s)
+        if step == "place":
+            breaker.placed(now_s)
+        else:
+            (breaker.succeeded if step == "ok" else breaker.failed)(now_s, now_s)
     now_s += 18.0
     assert breaker.allows(now_s)
     breaker.placed(now_s)
-    breaker.succeeded(now_s)
+    breaker.succeeded(now_s, now_s)
     assert breaker.state(now_s) == "closed"
 
 

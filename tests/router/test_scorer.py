@@ -80,7 +80,11 @@ def test_features_are_rounded_before_they_are_weighed():
         ({"weights": ["x"] * len(NAMES)}, "a number"),
         ({"bias": None}, "a number"),
         ({"low": 0.9, "high": 0.1}, "its band"),
-        ({"low": float("nan")}, "its band"),
+        ({"low": float("nan")}, "a number"),
+        ({"bias": float("nan")}, "a number"),
+        ({"level_bias": float("inf")}, "a number"),
+        ({"slope": 10**400}, "a number"),
+        ({"level_weights": [1e308] * len(NAMES)}, "a number"),
     ],
 )
 def test_an_artefact_for_something_else_is_refused(change, said):
