@@ -333,7 +333,6 @@ class Config(Section):
             inert += [f"models.{name}.{key}" for key in ("planner", "architecture") if getattr(model, key)]
             unknown = [other for other in model.fallback if other not in self.models]
             inert += [f"models.{name}.fallback ({other} is not under models)" for other in unknown]
-        inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
         inert += [
