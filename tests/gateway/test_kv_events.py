@@ -67,9 +67,7 @@ def index_of(*batches: bytes) -> KvIndex:
 @pytest.mark.parametrize("as_rows", [False, True])
 def test_both_wire_formats_say_the_same(as_rows: bool) -> None:
     """Events as maps and as arrays of older servers are followed alike."""
-    index = index_of(
-        batch(stored([1, 2]), stored([3], 2), as_rows=as_rows), batch(removed(3), as_rows=as_rows, ts=2.0)
-    )
+    index = index_of(batch(stored([1, 2]), stored([3], 2), as_rows=as_rows), batch(removed(3), as_rows=as_rows, ts=2.0))
     assert index.exact.overlap(chain(1, 2, 3)) == 2
     assert index.take(2, batch(CLEARED, as_rows=as_rows))
     assert len(index.exact) == 0
