@@ -33,8 +33,8 @@ class Second:
 
     def start(self) -> Vllm:
         """Up when it returns."""
-        where = {"port": self._port, "sockets": self._folder, "log": "vllm-second"}
-        self.server = self._running.enter_context(vllm_running(self._model, UPSTREAM_NAME, **where))
+        running = vllm_running(self._model, UPSTREAM_NAME, port=self._port, sockets=self._folder, log="vllm-second")
+        self.server = self._running.enter_context(running)
         return self.server
 
     def kill(self) -> None:

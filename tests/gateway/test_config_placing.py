@@ -20,7 +20,7 @@ def test_an_exact_index_needs_events() -> None:
     assert problems(("routing.placement.index", "exact")) == [
         "routing.placement.index: exact needs `kv_events` of at least one backend"
     ]
-    events = ("models.qwen3.backends.0.kv_events", {})
+    events: tuple[str, object] = ("models.qwen3.backends.0.kv_events", {})
     assert config(events, ("routing.placement.index", "exact")).not_built_yet() == []
     assert config(events).not_built_yet() == ["models.qwen3.backends[a].kv_events (placement.index is not exact)"]
     (line,) = problems(events, ("models.qwen3.backends.0.kind", "openai"))

@@ -254,7 +254,8 @@ async def test_events_are_followed_anew_whenever_a_backend_comes_up(monkeypatch:
     """Nothing is followed before it is up; each time it was lost and is back, the feed is connected again."""
     events = {"endpoint": "tcp://{host}:5557", "replay": "tcp://{host}:5558"}
     entry = BackendConfig.model_validate({"id": "a", "url": "http://[::1]:1", "kv_events": events})
-    slot = Slot(entry, lambda: Probed(HOLDS_CAPS), PlacementConfig(index="exact"))
+    backend: Any = Probed(HOLDS_CAPS)
+    slot = Slot(entry, lambda: backend, PlacementConfig(index="exact"))
     running: list[str] = []
 
     class Feed:
@@ -289,9 +290,10 @@ async def test_events_are_followed_anew_whenever_a_backend_comes_up(monkeypatch:
 async def test_a_backend_without_events_follows_none() -> None:
     """Where they are not configured, or not asked for, there is no index and nothing to wait for."""
     entry = BackendConfig.model_validate({"id": "a", "url": "http://h:1", "kv_events": {}})
+    backend: Any = Probed(HOLDS_CAPS)
     for slot in (
-        Slot(entry, lambda: Probed(HOLDS_CAPS)),
-        Slot(entry.model_copy(update={"kv_events": None}), lambda: Probed(HOLDS_CAPS), PlacementConfig(index="exact")),
+        Slot(entry, lambda: backend),
+        Slot(entry.model_copy(update={"kv_events": None}), lambda: backend, PlacementConfig(index="exact")),
     ):
         assert slot.standing.kv is None
         await slot.follow_events()
