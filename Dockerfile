@@ -1,9 +1,9 @@
-# The gateway in front of your own backends, with any store; no torch. With the embedded engine:
+# The gateway in front of your own backends, with any store and index; no torch. With the embedded engine:
 #   docker build --build-arg EXTRAS=embedded,redis -t thinkgate .
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS build
-ARG EXTRAS="redis"
+ARG EXTRAS="redis,kv-events"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /venv

@@ -1,6 +1,6 @@
 """Which policy places calls best, in a simulated fleet (bench/fleet.py): hits, time to first token, balance.
 
-    python -m bench.placement [--quick] [--json]
+    python -m bench.placement [--quick] [--json] [--real]
 
 `results` has one object per policy, fleet and load: `hit_rate` of prompt blocks, `p50_ttft_ms` and `p99_ttft_ms` from
 arrival to first token, `max_over_mean` of calls at a replica; each is the mean over the seeds. A load is the calls that
@@ -8,6 +8,8 @@ arrive per second and replica; about 5 of them fill a replica that finds nine te
 middle of every run one replica dies for 15 s and comes back cold; `slow` runs have one of half the speed,
 which nobody is told. `beaten` lists the loads at which some policy is better than ours on both the hit rate and the
 99th percentile.
+
+With `--real` it is two vLLM servers on this machine instead, see bench/placement_real.py.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bench import figures, result
+from bench import figures, placement_real, result
 from bench.fleet import Figures, Policy, play, trace
 from bench.policies import CacheAwareTree, ConsistentHash, LeastLoaded, Ours, RoundRobin
 
@@ -64,9 +66,24 @@ def beaten(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def real(quick: bool, as_json: bool) -> int:
+    """Two real servers. Returns 1 where the index and what was cached do not agree."""
+    found = placement_real.measure(quick=quick)
+    if not as_json:
+        columns = ("policy", "hit_rate", "predicted_over_cached", "p50_ms", "p90_ms", "calls_per_s")
+        rows = [[str(each.get(name, "")) for name in columns] for each in found["results"]]
+        print(figures.table(list(columns), rows))
+    result.emit({**result.envelope("placement", quick=quick), **found}, as_json=as_json)
+    return 0 if found["agrees"] and found["restarts_seen"] else 1
+
+
 def main() -> int:
     """Run every policy over every fleet and load."""
-    flags = result.parser(__doc__ or "").parse_args()
+    parser = result.parser(__doc__ or "")
+    parser.add_argument("--real", action="store_true", help="two real vLLM servers; minutes")
+    flags = parser.parse_args()
+    if flags.real:
+        return real(flags.quick, flags.json)
     fleets, seeds, seconds = ((2, 8), range(1, 9), 60) if flags.quick else (FLEETS, range(1, 17), SECONDS)
     results: list[dict[str, Any]] = []
     for replicas in fleets:

@@ -67,6 +67,7 @@ class Slot:
         breaker: lets calls through, or not, by how the last ones ended.
         first_bytes: how long calls waited for theirs here, where calls are hedged.
         up_since_s: when it was found to be up, on the slot's clock.
+        came_up: set when it is up after it was not.
         standing: what placement knows about it.
         became_free: called when it may have room for one more.
     """
@@ -93,6 +94,7 @@ class Slot:
         self.in_flight = 0
         self.failure = "not probed yet"
         self.suspect = asyncio.Event()
+        self.came_up = asyncio.Event()
         self.lies = 0
         self.tried = Tried()
         self._probe_again_s = 0.0
@@ -181,13 +183,23 @@ class Slot:
             self.became_free()
 
     async def follow_events(self) -> None:
-        """Keep its index up to date by its KV events, if they are followed."""
+        """Keep its index up to date by its KV events, if they are followed; connected anew whenever it comes up."""
         where, index = self.config.kv_events, self.standing.kv
         if where is None or index is None:
             return
         from gateway.kv_feed import KvFeed  # noqa: PLC0415  # pyzmq is an extra: without `exact` nobody needs it
 
-        await KvFeed(index, where.at(urlsplit(self.config.url or "").hostname or "")).run()
+        feed = KvFeed(index, where.at(urlsplit(self.config.url or "").hostname or ""))
+        following: asyncio.Task[None] | None = None
+        if self.is_up:  # taken over by a reload
+            self.came_up.set()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self.came_up.wait()
+                self.came_up.clear()
+                if following is not None:  # a lost server's publisher may outlive it, on a connection of its own
+                    following.cancel()
+                following = tasks.create_task(feed.run())
 
     async def _wait_down(self, pause_s: float) -> None:
         """Wait before a backend that is not trusted is probed again, or until it is lost altogether."""
@@ -204,6 +216,7 @@ class Slot:
                 self.capabilities = await self.backend.probe()
                 if not was_up:
                     self.up_since_s = self.clock()
+                    self.came_up.set()
                 self.failure = ""
                 self.suspect.clear()
                 log.info("backend up", extra={"backend": self.config.id})

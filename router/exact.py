@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 
 from router.prefix import Chain, token_chain
 
-MOST_BLOCKS = 262_144  # about 350 bytes each
+MOST_BLOCKS = 262_144  # about 400 bytes each
 Name = tuple[Hashable, Hashable]  # a group of layers or a tier of memory, and the engine's name of a block in it
 
 

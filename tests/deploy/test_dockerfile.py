@@ -38,9 +38,9 @@ def test_gateway_is_the_first_process():
 
 
 def test_image_brings_no_torch_unless_asked():
-    """The default image has what every store needs and no engine; other extras come by a build argument."""
+    """The default image has what every store and index needs and no engine; other extras come by a build argument."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert 'ARG EXTRAS="redis"' in DOCKERFILE
+    assert 'ARG EXTRAS="redis,kv-events"' in DOCKERFILE
     assert not any(name.startswith("torch") for name in project["dependencies"])
 
 

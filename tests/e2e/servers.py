@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +64,8 @@ class Vllm:
 
     url: str
     model: str
+    kv_events: Mapping[str, str] | None = None
+    child: Child | None = None
 
     def running_requests(self) -> float:
         """Requests in its batch or its queue."""
@@ -74,12 +78,29 @@ class Vllm:
 
 
 @contextmanager
-def vllm_running(model: Path, name: str, *flags: str, log: str = "vllm.log") -> Iterator[Vllm]:
-    """A vLLM server with everything on that the gateway can use, and these flags; its log is in .cache/logs."""
+def vllm_running(
+    model: Path, name: str, *flags: str, port: int | None = None, sockets: Path | None = None, log: str = "vllm"
+) -> Iterator[Vllm]:
+    """A vLLM server with everything on that the gateway can use; its log is in .cache/logs.
+
+    Args:
+        model: the weights' folder.
+        name: as which it serves them.
+        flags: more of the server's own.
+        port: None for a free one.
+        sockets: a folder with a short name for those of its KV events; None for one of its own.
+        log: the name of its log.
+    """
     assert VLLM_PYTHON.exists(), "no vLLM here: run `make venv-vllm`"
-    port = free_port()
+    port = port or free_port()
+    own = tempfile.TemporaryDirectory(prefix="tg-")
+    folder = sockets or Path(own.name)
+    kv_events = {"endpoint": f"ipc://{folder}/events", "replay": f"ipc://{folder}/replay"}
+    published = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": kv_events["endpoint"]}
+    published["replay_endpoint"] = kv_events["replay"]
     where = ("--model", str(model), "--served-model-name", name, "--port", str(port))
     command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", *where, *VLLM_FLAGS, *flags]
+    command += ["--kv-events-config", json.dumps(published)]
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -88,9 +109,9 @@ def vllm_running(model: Path, name: str, *flags: str, log: str = "vllm.log") -> 
         "VLLM_CPU_KVCACHE_SPACE": "2",
         **_openmp(),
     }
-    with running(command, LOGS / log, env) as child:
+    with own, running(command, LOGS / f"{log}.log", env) as child:
         child.wait_ready(f"http://127.0.0.1:{port}/health", within_s=VLLM_START_S)
-        yield Vllm(f"http://127.0.0.1:{port}", name)
+        yield Vllm(f"http://127.0.0.1:{port}", name, kv_events, child)
         child.terminate()
 
 

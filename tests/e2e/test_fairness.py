@@ -28,7 +28,7 @@ CALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def narrow_vllm(thinking_model: Path) -> Iterator[Vllm]:
     """A real vLLM that works on one call at a time, and is full with the second."""
-    with vllm_running(thinking_model, UPSTREAM_NAME, "--max-num-seqs", "1", log="vllm-narrow.log") as server:
+    with vllm_running(thinking_model, UPSTREAM_NAME, "--max-num-seqs", "1", log="vllm-narrow") as server:
         yield server
 
 

@@ -20,7 +20,7 @@ from gateway.modes.flow import Enforced
 from tests.gateway.asgi import ask, gateway_of
 from tests.gateway.still import CHAT, config_of, models_of
 
-LABELS = {"route", "model", "mode", "status", "code", "backend", "kind", "outcome", "le", "how", "cached"}
+LABELS = {"route", "model", "mode", "status", "code", "backend", "index", "kind", "outcome", "le", "how", "cached"}
 
 
 def metrics(models: dict[str, Model] | None = None) -> Metrics:
@@ -62,7 +62,8 @@ def value(of: Metrics, name: str, **labels: str) -> float:
 
 def full() -> Metrics:
     """Metrics after one of everything."""
-    counted = metrics(models_of(config_of()))
+    backends = [{"id": name, "url": f"http://{name}:1", "kv_events": {}} for name in "ab"]
+    counted = metrics(models_of(config_of({"backends": backends}, routing={"placement": {"index": "exact"}})))
     counted.request("/v1/chat/completions", "qwen", "reasoning", 200, 0.3)
     counted.began("qwen", "reasoning", first_byte_s=0.02, overhead_s=0.0002)
     counted.used("qwen", "reasoning", TokenCounts(**{kind: 2**i for i, kind in enumerate(KINDS)}), 99)

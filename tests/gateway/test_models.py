@@ -152,6 +152,24 @@ def test_a_changed_backend_is_built_anew_and_trusted_if_it_is_the_same_server(mo
     assert slot.is_up == is_trusted
 
 
+def test_other_ways_of_placing_make_new_backends() -> None:
+    """What placement knows of a backend belongs to its settings; the same server serves on meanwhile."""
+    old = models_of(config_of(TWO))
+    new = build_models(config_of(TWO, routing={"placement": {"ttl_s": 5}}), old)["qwen"]
+    assert not set(new.slots) & set(old["qwen"].slots)
+    assert all(slot.is_up for slot in new.slots)
+
+
+def test_exact_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pyzmq the configuration is refused, naming the extra that brings it."""
+    entry = {"backends": [{"id": "a", "url": "http://127.0.0.1:1", "kv_events": {}}]}
+    config = config_of(entry, routing={"placement": {"index": "exact"}})
+    build_models(config)
+    monkeypatch.setattr("gateway.models.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match="kv-events"):
+        build_models(config)
+
+
 def test_another_models_backend_is_not_taken_over() -> None:
     """Two public names on one server have backends of their own."""
     old = models_of(config_of())

@@ -12,8 +12,10 @@ import pytest
 
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Capabilities
+from gateway.config.placing import KvEventsConfig, PlacementConfig
 from gateway.config.schema import BackendConfig
 from gateway.errors import UpstreamError
+from gateway.kv_events import KvIndex
 from gateway.slots import PROBE_AGAIN_S, TRUST_AGAIN_MOST_S, TRUST_AGAIN_S, Slot
 from tests.gateway.still import HOLDS_CAPS, config_of, models_of
 
@@ -246,3 +248,52 @@ async def test_draining_waits_for_the_last_call() -> None:
         assert not draining.done()
     await draining
     assert slot.in_flight == 0
+
+
+async def test_events_are_followed_anew_whenever_a_backend_comes_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is followed before it is up; each time it was lost and is back, the feed is connected again."""
+    events = {"endpoint": "tcp://{host}:5557", "replay": "tcp://{host}:5558"}
+    entry = BackendConfig.model_validate({"id": "a", "url": "http://[::1]:1", "kv_events": events})
+    backend: Any = Probed(HOLDS_CAPS)
+    slot = Slot(entry, lambda: backend, PlacementConfig(index="exact"))
+    running: list[str] = []
+
+    class Feed:
+        """One that only says that it runs."""
+
+        def __init__(self, index: KvIndex, config: KvEventsConfig) -> None:
+            assert index is slot.standing.kv
+            self._where = f"{config.endpoint} {config.replay}"
+
+        async def run(self) -> None:
+            """See KvFeed."""
+            running.append(self._where)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                running.remove(self._where)
+
+    monkeypatch.setattr("gateway.kv_feed.KvFeed", Feed)
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(slot.follow_events())
+        await asyncio.sleep(0)
+        assert running == []
+        for _ in range(3):
+            slot.came_up.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert running == ["tcp://[::1]:5557 tcp://[::1]:5558"]
+        following.cancel()
+    assert running == []
+
+
+async def test_a_backend_without_events_follows_none() -> None:
+    """Where they are not configured, or not asked for, there is no index and nothing to wait for."""
+    entry = BackendConfig.model_validate({"id": "a", "url": "http://h:1", "kv_events": {}})
+    backend: Any = Probed(HOLDS_CAPS)
+    for slot in (
+        Slot(entry, lambda: backend),
+        Slot(entry.model_copy(update={"kv_events": None}), lambda: backend, PlacementConfig(index="exact")),
+    ):
+        assert slot.standing.kv is None
+        await slot.follow_events()

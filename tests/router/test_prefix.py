@@ -1,4 +1,4 @@
-"""Prefix caches as the router predicts them: chains agree as prompts do; the expected is forgotten as vLLM does."""
+"""Prefix caches as the router predicts them: chains agree as prompts do, and what is expected is forgotten in order."""
 
 from __future__ import annotations
 
