@@ -113,7 +113,7 @@ $(VENV)/.serve: $(INPUTS) | $(UV)
 
 $(VENV)/.dev: $(INPUTS) | $(UV)
 	$(call say,"installing the gateway$(comma) the embedded engine and the tools")
-	$(INSTALL) -e '.[embedded,redis,telemetry,dev]'
+	$(INSTALL) -e '.[embedded,redis,kv-events,telemetry,dev]'
 	@touch $@ $(VENV)/.serve
 
 # These two know by themselves whether there is anything to do.

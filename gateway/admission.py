@@ -42,8 +42,7 @@ class Admission:
         self.name, self._clock = name, clock
         self._queue: FairQueue[Turn] = FairQueue(config.max_waiting)
         self._called = 0  # whose turn it is, and who have not been placed yet
-        self._turn_s = 0.0  # between two turns, as of late, while calls waited
-        self._since_s = 0.0  # since then they wait for the next turn
+        self._turn_s = 0.0  # between two turns, as of late
         self.waited_s = 0.0
         self.waited = self.shed = 0
         self.use(slots, config)
@@ -72,15 +71,17 @@ class Admission:
             tokens: what the tenant is charged for, about.
             deadline_s: when waiting is of no use any more, on the clock.
 
-        Raises: Overloaded when too many wait; DeadlinePassed when it would not be its turn in time, or was not.
+        Raises: Overloaded when too many wait, or it would wait too long, or did; DeadlinePassed when it would not be
+            its turn in time, or was not.
         """
         now_s = self._clock()
-        expected_s = self._turn_s * (len(self._queue) + 1)
+        ahead = self._queue.ahead(tenant, priority)
+        expected_s = self._turn_s * ahead
         if deadline_s is not None and now_s + expected_s > deadline_s:
-            raise DeadlinePassed("The envelope's seconds would pass before a backend has room.")
+            raise DeadlinePassed("The request's time would pass before a backend has room.")
+        if expected_s > self.config.max_wait_s:
+            raise self._too_long(f"it would be about {expected_s:.0f} s until")
         turn: Turn = asyncio.get_running_loop().create_future()
-        if not len(self._queue):
-            self._since_s = now_s
         try:
             ticket, dropped = self._queue.push(turn, tenant, priority=priority, tokens=tokens, now_s=now_s)
         except QueueFull:
@@ -88,9 +89,9 @@ class Admission:
         if dropped is not None and not dropped.done():
             dropped.set_exception(self._full())
         self._pump()
-        await self._wait(ticket, deadline_s)
+        await self._wait(ticket, deadline_s, ahead)
 
-    async def _wait(self, ticket: Ticket[Turn], deadline_s: float | None) -> None:
+    async def _wait(self, ticket: Ticket[Turn], deadline_s: float | None, ahead: int) -> None:
         most_s = self.config.max_wait_s
         if deadline_s is not None:
             most_s = min(most_s, deadline_s - ticket.since_s)
@@ -99,14 +100,16 @@ class Admission:
                 await ticket.item
         except TimeoutError as exc:
             if deadline_s is not None and most_s < self.config.max_wait_s:
-                raise DeadlinePassed("The envelope's seconds passed before a backend had room.") from exc
-            raise self._full() from exc
+                raise DeadlinePassed("The request's time passed before a backend had room.") from exc
+            raise self._too_long("that has passed before") from exc
         finally:
             self._queue.cancel(ticket)
             self.waited += 1
-            self.waited_s += self._clock() - ticket.since_s
+            waited_s = self._clock() - ticket.since_s
+            self.waited_s += waited_s
             turn = ticket.item
             if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._turn_s += FORGET * (waited_s / (ahead + 1) - self._turn_s)
                 self._called -= 1  # whoever was called goes on to be placed, or has left
                 asyncio.get_running_loop().call_soon(self._pump)
 
@@ -115,9 +118,17 @@ class Admission:
         self._queue.charge(tenant, tokens)
 
     def _full(self) -> Overloaded:
+        return self._shed("too many calls wait")
+
+    def _too_long(self, why: str) -> Overloaded:
+        return self._shed(
+            f"a call waits {self.config.max_wait_s:g} s at most (routing.queue.max_wait_s), and {why} it was its turn"
+        )
+
+    def _shed(self, why: str) -> Overloaded:
         self.shed += 1
         return Overloaded(
-            f"All backends of {self.name!r} are full, and too many calls wait: try again later.",
+            f"All backends of {self.name!r} are full, and {why}: try again later.",
             retry_after_s=min(60.0, max(1.0, self._turn_s * len(self._queue))),
         )
 
@@ -144,6 +155,3 @@ class Admission:
                 continue
             self._called += 1
             ticket.item.set_result(None)
-            now_s = self._clock()
-            self._turn_s += FORGET * (now_s - self._since_s - self._turn_s)
-            self._since_s = now_s

@@ -327,10 +327,11 @@ class Gateway(FastAPI):
 
 
 async def _keep(slot: Slot, model: Model) -> None:
-    """Keep a slot up, and hear what it says of its load."""
+    """Keep a slot up, and hear what it says of its load and its cache."""
     placing = model.placing
     async with asyncio.TaskGroup() as both:
         both.create_task(slot.keep_up())
+        both.create_task(slot.follow_events())
         if model.kind == "vllm":
             most_waiting = model.admission.config.backend_waiting
             both.create_task(slot.follow_load(placing.config.poll_s, most_waiting, lambda: placing.bytes_per_token))

@@ -25,16 +25,18 @@ class Attempts:
     Args:
         model: where it runs.
         call: what runs; None where placement knows nothing of its prompt.
+
+    Attributes:
+        prompt: as placement sees it, of the try that answers, or may; None with a single backend.
     """
 
-    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_placed_s", "_prompt", "_slot", "_tenant", "_tried")
+    __slots__ = ("_call", "_charged", "_has_begun", "_model", "_placed_s", "_tenant", "_tried", "prompt")
 
     def __init__(self, model: Model, call: Call | None) -> None:
         self._model = model
-        self._prompt: Prompt | None = model.prompt(call)
+        self.prompt: Prompt | None = model.prompt(call)
         self._tried: list[Slot] = []
-        self._slot: Slot | None = None
-        self._placed_s = 0.0
+        self._placed_s: dict[Slot, float] = {}  # of tries that run
         self._has_begun = False
         self._call = call
         self._charged: int | None = None
@@ -42,6 +44,8 @@ class Attempts:
 
     async def admit(self, tenant: str, deadline_s: float | None) -> None:
         """Wait for a turn, where all backends are full. Raises: Overloaded, DeadlinePassed."""
+        if self._model.prompt_ids is not None and self.prompt is not None and self._call is not None:
+            self.prompt.read(await self._model.prompt_ids.of(self._call))
         if self._model.admission.is_open():
             return
         call = self._call
@@ -55,49 +59,86 @@ class Attempts:
         """The slot to try; it is counted by entering it. Raises: Overloaded when none is left."""
         if not self._tried:
             self._model.retries.tried()
-        self._slot = self._model.choose(self._tried, self._prompt)
-        self._placed_s = self._model.clock()
-        return self._slot
+        return self._place(self._tried, self.prompt)
+
+    def has_other(self, slot: Slot) -> bool:
+        """Whether a backend beside `slot` is well, and has room that nobody waits for."""
+        return len(self._unfit(slot)) < len(self._model.slots) and self._model.admission.is_open()
+
+    def beside(self, slot: Slot) -> tuple[Slot, Prompt | None]:
+        """The backend to try beside `slot`, where there is one, and the prompt as it is counted there, too."""
+        prompt = self._model.prompt(self._call)
+        return self._place(self._unfit(slot), prompt), prompt
+
+    def _place(self, without: list[Slot], prompt: Prompt | None) -> Slot:
+        slot = self._model.choose(without, prompt)
+        if prompt is not None:
+            self._placed_s[slot] = self._model.clock()
+        return slot
+
+    def _unfit(self, slot: Slot) -> list[Slot]:
+        now_s = self._model.clock()
+        return [each for each in self._model.slots if each in (slot, *self._tried) or not _is_fit(each, now_s)]
+
+    def lost(self, slot: Slot) -> None:
+        """A try ends since another one answered first. That is no failure, but of the probe of an open breaker."""
+        now_s = self._model.clock()
+        if slot.breaker.state(now_s) == "half_open":
+            slot.breaker.failed(now_s, self._placed_s.get(slot, now_s))
 
     def began(self, slot: Slot) -> None:
         """The first byte came; any number of times."""
-        if self._has_begun or self._prompt is None:
+        if self._has_begun or self.prompt is None:
             return
         self._has_begun = True
         now_s = self._model.clock()
-        self._prompt.began(now_s)
-        slot.breaker.succeeded(now_s, self._placed_s)
+        self.prompt.began(now_s)
+        slot.breaker.succeeded(now_s, self._placed_s.get(slot, now_s))
 
     def ended(self, usage: Usage | None, output_tokens: int = 0) -> None:
         """The answer is complete, and the backend counted it."""
         if self._charged is not None:
             used = output_tokens + (0 if usage is None else usage.prompt_tokens)
             self._model.admission.charge(self._tenant, used - self._charged)
-        if self._prompt is not None and usage is not None:
-            self._prompt.ended(usage.prompt_tokens, usage.cached_tokens)
+        if self.prompt is not None and usage is not None:
+            self.prompt.ended(usage.prompt_tokens, usage.cached_tokens)
 
     def leave(self) -> None:
         """Whatever became of this try, its prompt waits no longer, nor does anybody wait for it as a probe."""
-        if self._prompt is not None:
-            self._prompt.leave()
-            if self._slot is not None:
-                self._slot.breaker.left(self._placed_s)
+        if self.prompt is not None:
+            self.prompt.leave()
+        for slot, placed_s in self._placed_s.items():
+            slot.breaker.left(placed_s)
+        self._placed_s.clear()
 
-    def failed(self, slot: Slot, error: UpstreamError | DeadlinePassed, *, has_begun: bool) -> None:
-        """A try failed by the backend's fault. Raises: the error, unless another backend is to be tried."""
+    def faulted(self, slot: Slot, error: UpstreamError | DeadlinePassed) -> None:
+        """A try failed by the backend's fault, which is not tried again."""
+        self._tried.append(slot)
         if isinstance(error, UpstreamUnreachable):
             slot.mark_down(error.message)
-            self._tried.append(slot)
+            return
+        now_s = self._model.clock()
+        slot.breaker.failed(now_s, self._placed_s.get(slot, now_s))
+        eject_outliers(self._model.slots, now_s)
+
+    def failed(self, slot: Slot, error: UpstreamError | DeadlinePassed, *, has_begun: bool) -> None:
+        """A try failed, and no other runs beside it. Raises: the error, unless another backend is to be tried."""
+        if isinstance(error, UpstreamUnreachable):
+            self.faulted(slot, error)
             if has_begun:  # another backend would begin the choices anew
                 raise UpstreamError(error.message) from error
             return  # nothing was sent, so nothing is tried again
-        if self._prompt is None or (has_begun and isinstance(error, DeadlinePassed)):
+        if self.prompt is None or (has_begun and isinstance(error, DeadlinePassed)):
             raise error  # the only backend, or the envelope's own deadline
-        now_s = self._model.clock()
-        slot.breaker.failed(now_s, self._placed_s)
-        eject_outliers(self._model.slots, now_s)
-        self._tried.append(slot)
-        others = any(other.is_up and other not in self._tried for other in self._model.slots)
-        if has_begun or isinstance(error, DeadlinePassed) or not others or not self._model.retries.take(now_s):
+        self.faulted(slot, error)
+        model = self._model
+        others = any(other.is_up and other not in self._tried for other in model.slots)
+        if has_begun or isinstance(error, DeadlinePassed) or not others or not model.retries.take(model.clock()):
             raise error
-        self._model.retried += 1
+        model.retried += 1
+
+
+def _is_fit(slot: Slot, now_s: float) -> bool:
+    """Whether it is up, has not failed of late, and may have one more call."""
+    limit = slot.standing.limit
+    return slot.is_up and slot.breaker.state(now_s) == "closed" and (limit is None or slot.in_flight < limit)

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from budget.ledger import Figures
+from gateway.kv_events import KINDS as KV_KINDS
 
 if TYPE_CHECKING:
     from budget.ledger import Amounts
@@ -216,6 +217,7 @@ class Metrics(Collector):
             value=self.store_stale,
         )
         yield from self._backends()
+        yield from self._kv_indexes()
 
     def _ledger(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         held, figures = self._held(), self._figures()
@@ -248,13 +250,21 @@ class Metrics(Collector):
             "thinkgate_prefix_trusted", "1 while its prefix index is trusted.", labels=("model", "backend")
         )
         prefix = CounterMetricFamily(
-            "thinkgate_prefix_tokens", "Prompt tokens, predicted and cached.", labels=("model", "backend", "kind")
+            "thinkgate_prefix_tokens",
+            "Prompt tokens, predicted and cached.",
+            labels=("model", "backend", "index", "kind"),
         )
         waits = GaugeMetricFamily("thinkgate_queue_calls", "Calls that wait for a backend.", labels=("model",))
         waited = CounterMetricFamily("thinkgate_queue_seconds", "Time calls waited for a backend.", labels=("model",))
         shed = CounterMetricFamily("thinkgate_queue_shed", "Calls refused: too many waited.", labels=("model",))
         retried = CounterMetricFamily("thinkgate_retries", "Calls tried again elsewhere.", labels=("model",))
+        hedged = CounterMetricFamily(
+            "thinkgate_hedges", "Second tries: those that answered first, and others.", labels=("model", "outcome")
+        )
         for model in self._models().values():
+            won, begun = (0, 0) if model.hedging is None else (model.hedging.won, model.hedging.begun)
+            hedged.add_metric((model.name, "won"), won)
+            hedged.add_metric((model.name, "lost"), begun - won)
             retried.add_metric((model.name,), model.retried)
             waits.add_metric((model.name,), len(model.admission))
             waited.add_metric((model.name,), model.admission.waited_s)
@@ -263,10 +273,32 @@ class Metrics(Collector):
                 labels = (model.name, slot.config.id)
                 breaker.add_metric(labels, float(slot.breaker.state(slot.clock()) == "open"))
                 trusted.add_metric(labels, float(slot.standing.agreement.is_trusted))
-                for kind, tokens in zip(("prompt", "predicted", "cached"), slot.standing.told, strict=True):
-                    prefix.add_metric((*labels, kind), tokens)
+                for index, told in slot.standing.told.items():
+                    for kind, tokens in zip(("prompt", "predicted", "cached"), told, strict=True):
+                        prefix.add_metric((*labels, index, kind), tokens)
                 up.add_metric((model.name, slot.config.id), float(slot.is_up))
                 calls.add_metric((model.name, slot.config.id), slot.in_flight)
                 binds = slot.capabilities is not None and bool(slot.capabilities.cap_binds)
                 holds.add_metric((model.name, slot.config.id), float(binds))
-        yield from (up, calls, holds, breaker, trusted, prefix, retried, waits, waited, shed)
+        yield from (up, calls, holds, breaker, trusted, prefix, retried, hedged, waits, waited, shed)
+
+    def _kv_indexes(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Of backends whose KV events are followed."""
+        live = GaugeMetricFamily(
+            "thinkgate_kv_live", "1 while its KV events are followed and believed.", labels=("model", "backend")
+        )
+        blocks = GaugeMetricFamily("thinkgate_kv_blocks", "Blocks known to be cached.", labels=("model", "backend"))
+        events = CounterMetricFamily("thinkgate_kv_events", "KV events.", labels=("model", "backend", "kind"))
+        asked = CounterMetricFamily("thinkgate_prompt_ids", "Prompts tokenised.", labels=("model", "outcome"))
+        for model in self._models().values():
+            if model.prompt_ids is not None:
+                asked.add_metric((model.name, "asked"), model.prompt_ids.asked)
+                asked.add_metric((model.name, "late"), model.prompt_ids.late)
+            for slot in model.slots:
+                index, labels = slot.standing.kv, (model.name, slot.config.id)
+                if index is not None:
+                    live.add_metric(labels, float(index.is_believed))
+                    blocks.add_metric(labels, len(index.exact))
+                    for kind in KV_KINDS:
+                        events.add_metric((*labels, kind), index.counts[kind])
+        yield from (live, blocks, events, asked)

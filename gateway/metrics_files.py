@@ -33,6 +33,8 @@ MERGED: dict[str, Merge] = {
     "thinkgate_backend_up": "livemin",
     "thinkgate_backend_breaker_open": "livemax",
     "thinkgate_prefix_trusted": "livemin",
+    "thinkgate_kv_live": "livemin",
+    "thinkgate_kv_blocks": "livemax",
     "thinkgate_queue_calls": "livesum",
     "thinkgate_backend_cap_binds": "livemin",
     "thinkgate_config_reload_failed": "livemax",

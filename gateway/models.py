@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from budget.cap import Bounds
@@ -17,13 +18,15 @@ from gateway.admission import Admission
 from gateway.ask.fields import Switches
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Backend
-from gateway.config.load import backend_api_key
+from gateway.config.load import ConfigError, backend_api_key
 from gateway.enforcement import How, Needs, enforcement
 from gateway.errors import Overloaded
 from gateway.names import Names
 from gateway.placing import Placing, Prompt
+from gateway.prompt_ids import PromptIds
 from gateway.slots import Slot
 from router.health import RetryBudget
+from router.hedging import Hedging
 
 if TYPE_CHECKING:
     from budget.chain import Forcing
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from gateway.config.schema import BackendConfig, Config, ModelConfig
 
 log = logging.getLogger("thinkgate.models")
+NO_ZMQ = "routing.placement.index: exact needs more packages: install thinkgate with the extra `kv-events`"
 
 
 class Model:
@@ -44,7 +48,9 @@ class Model:
         switches: its template's switches for each mode.
         prices: what its tokens cost.
         retries: how many calls may be tried again on another backend.
+        hedging: how many may be tried on two at once; None: none.
         admission: where calls wait while all backends are full.
+        prompt_ids: token ids of prompts, where an index follows KV events; else None.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Model:
         self.upstream = config.upstream_model or name
         self.slots = slots
         self.kind = config.backends[0].kind
+        share = routing.hedging.share
+        self.hedging = Hedging(share) if share and len(slots) > 1 and self.kind != "embedded" else None
         self.thinking = config.thinking
         if self.kind == "openai" and "off" not in config.thinking.model_fields_set:
             # An unknown server may refuse template switches it never heard of.
@@ -73,6 +81,8 @@ class Model:
         self.placing = Placing(self.upstream, routing.placement)
         self.admission = admission or Admission(name, slots, routing.queue, clock)
         self.admission.use(slots, routing.queue)
+        follows = len(slots) > 1 and any(slot.standing.kv is not None for slot in slots)
+        self.prompt_ids = PromptIds(slots, routing.placement.tokens_wait_s, clock) if follows else None
         self.switches = Switches(self.thinking)
         price = config.price_usd_per_mtok
         self.prices = (
@@ -119,8 +129,11 @@ class Model:
     def must_be_read(self) -> bool:
         """Whether whole answers of a backend cannot be passed on as they are, but are read token by token.
 
-        Because its thinking comes as marked text within the content, or because it generates more than it is asked for.
+        Because its thinking comes as marked text within the content, or because it generates more than it is asked for;
+        or because nobody would see when it begins, and a try that is not seen to begin cannot be hedged.
         """
+        if self.hedging is not None:
+            return True
         for slot in self.slots:
             found = slot.capabilities
             if found is not None and (not found.limit_binds or (found.thinking_field or "").startswith("inline")):
@@ -149,14 +162,16 @@ def build_models(config: Config, known: dict[str, Model] | None = None, names: N
 
     `names` knows the addresses of `dns+http://` entries; without it each is one backend under its name.
 
-    Raises: ConfigError when a backend's credential is unset.
+    Raises: ConfigError when a backend's credential is unset, or a package is missing.
     """
+    if config.routing.placement.index == "exact" and find_spec("zmq") is None:
+        raise ConfigError(NO_ZMQ)
     models = {}
     for name, entry in config.models.items():
         old = known.get(name) if known else None
         slots = []
         for backend in (names or Names()).expanded(entry.backends):
-            kept = next((s for s in old.slots if _same(old, s, backend, entry)), None) if old is not None else None
+            kept = None if old is None else next((s for s in old.slots if _same(old, s, backend, entry, config)), None)
             if kept is None:
                 slots.append(Slot(backend, _builder(name, backend, entry, config), config.routing.placement))
                 if old is not None:
@@ -167,9 +182,10 @@ def build_models(config: Config, known: dict[str, Model] | None = None, names: N
     return models
 
 
-def _same(old: Model, slot: Slot, backend: BackendConfig, entry: ModelConfig) -> bool:
+def _same(old: Model, slot: Slot, backend: BackendConfig, entry: ModelConfig, config: Config) -> bool:
     return (
         slot.config == backend
+        and old.placing.config == config.routing.placement
         and old.config.upstream_model == entry.upstream_model
         and old.config.thinking == entry.thinking
     )

@@ -1,8 +1,9 @@
 """Which backend of a model serves a call: what is known about each, put before router/placement.py.
 
 Owns: the `Standing` of a backend (what its prefix cache should hold, prompts waiting there, what it says of itself, and
-whether the prediction is trusted), the `Prompt` of a call, and choosing. Does not own: health (slots.py) nor tries
-(attempts.py). A call costs O(blocks of its prompt + backends); models with one backend never come here.
+whether the prediction is trusted), the `Prompt` of a call, and choosing. Does not own: health (slots.py), tries
+(attempts.py), where token ids come from (prompt_ids.py). A call costs O(blocks of its prompt + backends); models with
+one backend never come here.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import msgspec
 
 from router.health import outliers, slow_start
 from router.placement import Candidate, home, place
-from router.prefix import BLOCK_BYTES, MOST_BLOCKS, Agreement, Predicted, byte_chain, seed
+from router.prefix import BLOCK_BYTES, MOST_BLOCKS, Agreement, Predicted, byte_chain, seed, token_chain
 
 if TYPE_CHECKING:
     from gateway.backends.port import Call
     from gateway.config.placing import PlacementConfig
+    from gateway.kv_events import KvIndex
     from gateway.load import Load
     from gateway.slots import Slot
 
@@ -35,6 +37,7 @@ class Standing:
     Args:
         id: of the backend.
         config: how backends are compared.
+        kv: what its prefix cache holds, where its events are followed.
 
     Attributes:
         number: the same for the same backend on every gateway.
@@ -44,10 +47,10 @@ class Standing:
         waiting: calls in its own queue, as it said last.
         kv_use: part of its KV memory in use, 0 to 1, as it said last.
         limit: most calls of ours in flight, while it says that calls wait there; None: it has room.
-        told: prompt tokens of calls that ended, those predicted to be cached and those that were.
+        told: by index: prompt tokens of calls that ended, those predicted to be cached and those that were.
     """
 
-    def __init__(self, id: str, config: PlacementConfig) -> None:
+    def __init__(self, id: str, config: PlacementConfig, kv: KvIndex | None = None) -> None:
         self.number = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
         blocks = int(config.cache_tokens * BYTES_PER_TOKEN) // BLOCK_BYTES
         self.cache = Predicted(blocks, ttl_s=config.ttl_s)
@@ -56,7 +59,8 @@ class Standing:
         self.waiting = 0
         self.kv_use = 0.0
         self.limit: int | None = None
-        self.told = [0, 0, 0]
+        self.kv = kv
+        self.told = {"predicted": [0, 0, 0]} | ({} if kv is None else {"exact": [0, 0, 0]})
 
     def hear(self, load: Load, bytes_per_token: float, in_flight: int = 0, most_waiting: int = 4) -> None:
         """What it said of itself, and how many calls of ours were in flight there.
@@ -79,7 +83,7 @@ class Standing:
         self.waiting, self.kv_use, self.limit = 0, 0.0, None
 
     def forget(self) -> None:
-        """It was lost: its cache is gone, and what it said of itself."""
+        """It was lost: its cache is gone, and what it said of itself. What its events say, they say."""
         self.cache.clear()
         self.unhear()
 
@@ -92,12 +96,20 @@ class Prompt:
         call: whose prompt it is; None where nothing is known of it.
     """
 
-    __slots__ = ("_left", "_placing", "_predicted", "_standing", "bytes", "chain", "tokens")
+    __slots__ = (
+        *("_chains", "_exact", "_ids", "_index", "_left", "_placing", "_predicted", "_salt", "_standing"),
+        *("bytes", "chain", "tokens"),
+    )
 
     def __init__(self, placing: Placing, call: Call | None) -> None:
         self._placing = placing
         self._standing: Standing | None = None
         self._left = self._predicted = 0
+        self._exact: int | None = None
+        self._index = "predicted"
+        self._ids: Sequence[int] = ()
+        self._chains: dict[tuple[str, int], list[int]] = {}
+        self._salt = ""
         self.chain: list[int] = []
         self.bytes = 0
         if call is not None:
@@ -106,12 +118,39 @@ class Prompt:
             self.bytes = len(text)
             if placing.config.index != "off":
                 salt = fields.get("cache_salt")
-                begin = placing.seed if salt is None else seed(placing.upstream, "", _text.decode(salt))
+                self._salt = "" if salt is None else _text.decode(salt)
+                begin = seed(placing.upstream, "", self._salt) if self._salt else placing.seed
                 self.chain = byte_chain(begin, text)
         self.tokens = int(self.bytes / placing.bytes_per_token)
 
+    def read(self, ids: Sequence[int]) -> None:
+        """Its token ids, so that indexes that follow events can be asked; none: they are not known."""
+        if ids:
+            self._ids, self.tokens = ids, len(ids)
+
+    def _exact_hit(self, standing: Standing, now_s: float) -> int | None:
+        """Tokens of it that a backend has, by its events; None where these are not followed, or its ids not known."""
+        kv = standing.kv
+        if kv is None or not kv.is_live or not self._ids:
+            return None
+        return kv.hit(self._token_chain(kv), len(self._ids), now_s)
+
+    def _token_chain(self, kv: KvIndex) -> list[int]:
+        """Its chain in blocks as that backend cuts them, under the adapter that it knows the model as."""
+        upstream, size = self._placing.upstream, kv.exact.block_tokens
+        key = (upstream if upstream in kv.adapters else "", size)
+        chain = self._chains.get(key)
+        if chain is None:
+            chain = token_chain(seed("", key[0], self._salt), self._ids, size) if size else []
+            self._chains[key] = chain
+        return chain
+
     def hit_tokens(self, standing: Standing, now_s: float) -> int:
         """Of this prompt, expected in a backend's cache."""
+        if standing.kv is not None and standing.kv.is_believed:
+            exact = self._exact_hit(standing, now_s)
+            if exact is not None:
+                return exact
         if not self.chain or not standing.agreement.is_trusted:
             return 0
         return int(standing.cache.overlap(self.chain, now_s) * BLOCK_BYTES / self._placing.bytes_per_token)
@@ -122,7 +161,13 @@ class Prompt:
         self._standing = standing
         # Predicted also where that is not trusted: how else would it be again.
         self._predicted = standing.cache.overlap(self.chain, now_s) * BLOCK_BYTES
-        self._left = self.tokens - min(self.tokens, int(self._predicted / self._placing.bytes_per_token))
+        cached = int(self._predicted / self._placing.bytes_per_token)
+        self._exact, self._index = self._exact_hit(standing, now_s), "predicted"
+        if self._exact is not None and standing.kv is not None:
+            if standing.kv.is_believed:
+                cached, self._index = self._exact, "exact"
+            standing.kv.expect(self._token_chain(standing.kv), now_s)
+        self._left = self.tokens - min(self.tokens, cached)
         standing.pending_tokens += self._left
         standing.cache.expect(self.chain, now_s)
 
@@ -149,8 +194,11 @@ class Prompt:
         cached_tokens = min(cached_tokens, prompt_tokens)  # one that says more would be believed for long
         predicted = min(prompt_tokens, round(self._predicted / self.bytes * prompt_tokens))
         standing.agreement.add(predicted, cached_tokens, prompt_tokens)
+        if self._exact is not None and standing.kv is not None:
+            standing.kv.agreement.add(self._exact, cached_tokens, prompt_tokens)
+            predicted = self._exact if self._index == "exact" else predicted
         for i, tokens in enumerate((prompt_tokens, predicted, cached_tokens)):
-            standing.told[i] += tokens
+            standing.told[self._index][i] += tokens
 
 
 class Placing:

@@ -151,6 +151,7 @@ class Answer:
             self._cascade = Cascade(self._run, draft, thought, self._judged)
         if self._run.envelope.deadline_s is not None:
             watched.bound(self._run.envelope.deadline_s)
+        self._run.deadline_s = watched.deadline_s
 
     async def carry_out(self) -> None:
         """Run the mode and answer; whatever happens, the hold is told what was used."""
@@ -207,7 +208,7 @@ class Answer:
 
     async def _complete(self) -> tuple[bytes, Attempts]:
         attempts = Attempts(self._prepared.model, self._prepared.call)
-        await attempts.admit(self._run.tenant, None)
+        await attempts.admit(self._run.tenant, self._run.deadline_s)
         while True:
             slot = self._run.slot = attempts.next()
             with slot as backend:
@@ -325,7 +326,7 @@ class Answer:
             capped=run.tally.capped,
             cap=prepared.cap,
             tokens=counts,
-            hold=Spent.of(prepared.ceiling),
+            hold=Spent.of(run.hold.ceiling),
             settled=Spent.of(settled),
             cost_usd=settled.nano_usd / 1e9,
             backend=run.slot.config.id if run.slot is not None else "",

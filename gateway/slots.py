@@ -14,14 +14,17 @@ import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from gateway.backends.http_backend import HttpBackend
 from gateway.backends.port import Backend, Capabilities
 from gateway.config.placing import PlacementConfig
 from gateway.errors import GatewayError
+from gateway.kv_events import KvIndex
 from gateway.load import read_load
 from gateway.placing import Standing
 from router.health import Breaker
+from router.hedging import FirstBytes
 
 if TYPE_CHECKING:
     from gateway.config.schema import BackendConfig
@@ -62,6 +65,7 @@ class Slot:
         lies: how often it did not hold a cap that it was measured to hold.
         tried: what answers asked for that the backend found right.
         breaker: lets calls through, or not, by how the last ones ended.
+        first_bytes: how long calls waited for theirs here, where calls are hedged.
         up_since_s: when it was found to be up, on the slot's clock.
         standing: what placement knows about it.
         became_free: called when it may have room for one more.
@@ -79,9 +83,12 @@ class Slot:
         self.backend = build()
         self.clock = clock
         self.breaker = Breaker()
+        self.first_bytes = FirstBytes()
         self.up_since_s = clock()
         self.became_free: Callable[[], None] = lambda: None
-        self.standing = Standing(config.id, placement or PlacementConfig())
+        placement = placement or PlacementConfig()
+        tells = placement.index == "exact" and config.kv_events is not None
+        self.standing = Standing(config.id, placement, KvIndex(config.id) if tells else None)
         self.capabilities: Capabilities | None = None
         self.in_flight = 0
         self.failure = "not probed yet"
@@ -172,6 +179,15 @@ class Slot:
             else:
                 self.standing.hear(load, bytes_per_token(), self.in_flight, most_waiting)
             self.became_free()
+
+    async def follow_events(self) -> None:
+        """Keep its index up to date by its KV events, if they are followed."""
+        where, index = self.config.kv_events, self.standing.kv
+        if where is None or index is None:
+            return
+        from gateway.kv_feed import KvFeed  # noqa: PLC0415  # pyzmq is an extra: without `exact` nobody needs it
+
+        await KvFeed(index, where.at(urlsplit(self.config.url or "").hostname or "")).run()
 
     async def _wait_down(self, pause_s: float) -> None:
         """Wait before a backend that is not trusted is probed again, or until it is lost altogether."""

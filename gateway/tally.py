@@ -46,6 +46,8 @@ class Tally:
         probe: tokens by which a backend was made to check the request, in and out.
         most_thinking: thinking tokens of the choice that thought most.
         wasted_thinking: those of `wasted` that the backend calls thinking.
+        lost_tries: tries that another one overtook, each with the whole prompt, and
+        lost_output: what they had answered; both are in no other attribute.
         capped: the cap ended the thinking of some choice.
         asides: of the calls that the gateway makes on the request's behalf; they are in no other attribute.
     """
@@ -61,6 +63,8 @@ class Tally:
         "has_ids",
         "injected",
         "is_guess",
+        "lost_output",
+        "lost_tries",
         "most_thinking",
         "probe",
         "prompt",
@@ -84,7 +88,7 @@ class Tally:
         self._most_output = most_output
         self._likely_prompt = likely_prompt
         self.prompt = self.thinking = self.answer = self.injected = self.wasted = self.most_thinking = self.probe = 0
-        self.wasted_thinking = 0
+        self.wasted_thinking = self.lost_tries = self.lost_output = 0
         self.thinking_by_choice: dict[int, int] = {}
         self.capped = self.has_ids = self.is_guess = False
         self.usage: Usage | None = None
@@ -196,7 +200,13 @@ class Tally:
         counts = self._own_counts()
         for aside in self.asides:
             counts.planner += aside.counts().total()
+        if self.lost_tries:
+            counts.wasted += self._lost_prompts(counts) + self.lost_output
         return counts
+
+    def _lost_prompts(self, counts: TokenCounts) -> int:
+        """Prompt tokens of lost tries: nobody hears how far they came, so all of them count."""
+        return self.lost_tries * (counts.prompt + counts.cached)
 
     def _own_counts(self) -> TokenCounts:
         usage = self.usage
@@ -234,7 +244,10 @@ class Tally:
         )
 
     def _priced(self, counts: TokenCounts) -> TokenCounts:
-        """`counts` as they are paid for: a call on the side costs what a call costs, by direction."""
+        """`counts` as they are paid for: a call on the side and a lost prompt cost what they cost, by direction."""
+        if self.lost_tries:
+            lost = self._lost_prompts(counts)
+            counts = msgspec.structs.replace(counts, prompt=counts.prompt + lost, wasted=counts.wasted - lost)
         if not self.asides:
             return counts
         asides = [aside.counts() for aside in self.asides]

@@ -1,8 +1,8 @@
-"""How much of a prompt a backend's prefix cache holds: predicted from our own calls, or told by the backend itself.
+"""How much of a prompt a backend's prefix cache holds, predicted from our own calls.
 
-Owns: chains of block hashes, the cache that is modelled for a backend (`Predicted`) and the one that follows its KV
-events (`Exact`). Pure: time is passed in, nothing is shared between two of them. Does not own: where events come
-from (gateway/kv_events.py), nor what a hit is worth (placement.py).
+Owns: chains of block hashes, the cache that is modelled for a backend (`Predicted`), and whether what was predicted
+came true (`Agreement`). Pure: time is passed in, nothing is shared between two of them. Does not own: the cache as a
+backend itself tells it (exact.py), nor what a hit is worth (placement.py).
 
 A chain names every prefix of a prompt by one number: h(i) = blake2b-8(h(i-1) || block i), beginning with a seed made of
 model, adapter and the tenant's salt, so that nobody finds what another tenant has cached. Everything is O(blocks of
@@ -12,8 +12,8 @@ the prompt) or better, and memory is bounded by the blocks each cache may hold.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from hashlib import blake2b
 
 BLOCK_BYTES = 256  # about 64 tokens: what a smaller block would find is not worth its place in memory
@@ -96,102 +96,19 @@ class Predicted:
         self._until_s.clear()
 
 
-class Exact:
-    """What one backend's prefix cache holds, going by its KV events.
-
-    Every physical copy of a block is stored and removed by an event of its own, so copies are counted, per group of
-    layers and engine hash. A block whose parent is unknown cannot be named, so it is left out: a hit is understated,
-    never invented.
-
-    Args:
-        most_blocks: beyond which it is `is_overfull`, and must not be asked any more.
-    """
-
-    def __init__(self, most_blocks: int = MOST_BLOCKS) -> None:
-        self._most = most_blocks
-        self._copies: dict[tuple[int, Hashable], list[int]] = {}  # engine's name -> [our name, copies]
-        self._have: Counter[int] = Counter()  # our name -> engine's names of it
-        self.orphans = 0
-        self.block_tokens = 0
-
-    def __len__(self) -> int:
-        """Blocks that are known, by the engine's names."""
-        return len(self._copies)
-
-    @property
-    def is_overfull(self) -> bool:
-        """Whether there was more than may be remembered."""
-        return len(self._copies) > self._most
-
-    def stored(
-        self, group: int, hashes: Sequence[Hashable], parent: Hashable | None, ids: Sequence[int], root: int
-    ) -> None:
-        """Blocks were stored, one after the other, below `parent`, or at the root of a prompt.
-
-        Args:
-            group: of layers that share a cache.
-            hashes: the engine's names, one per block.
-            parent: the engine's name of the block before them; None at the beginning of a prompt.
-            ids: the token ids of all of them.
-            root: the seed of the chain they belong to; used where `parent` is None.
-        """
-        if not hashes or len(ids) % len(hashes):
-            return
-        begin: int | None = root
-        if parent is not None:
-            known = self._copies.get((group, parent))
-            begin = None if known is None else known[0]
-        if begin is None:
-            self.orphans += len(hashes)
-            return
-        self.block_tokens = len(ids) // len(hashes)
-        for name, own in zip(hashes, token_chain(begin, ids, self.block_tokens), strict=True):
-            copies = self._copies.get((group, name))
-            if copies is None:
-                self._copies[group, name] = [own, 1]
-                self._have[own] += 1
-            else:
-                copies[1] += 1
-
-    def removed(self, group: int, hashes: Sequence[Hashable]) -> None:
-        """One copy of each of these blocks is gone."""
-        for name in hashes:
-            copies = self._copies.get((group, name))
-            if copies is None:
-                continue
-            copies[1] -= 1
-            if not copies[1]:
-                del self._copies[group, name]
-                self._have[copies[0]] -= 1
-                if not self._have[copies[0]]:
-                    del self._have[copies[0]]
-
-    def clear(self) -> None:
-        """The cache was emptied, or the server restarted."""
-        self._copies.clear()
-        self._have.clear()
-
-    def overlap(self, chain: Chain) -> int:
-        """How many blocks of a prompt, from its beginning, it has. O(blocks of the hit)."""
-        have = self._have
-        for hit, block in enumerate(chain):
-            if block not in have:
-                return hit
-        return len(chain)
-
-
 class Agreement:
     """Whether a prediction is trusted: by how far the hits predicted of late were from those that were.
 
     Trust is lost when, over at least `enough` calls, more than `most` of the prompt tokens were predicted
-    wrongly, and comes back below half of that: the prediction goes on being compared.
+    wrongly, and comes back below half of that: the prediction goes on being compared. One that begins without trust
+    earns it in the same way.
     """
 
-    def __init__(self, *, enough: int = 20, most: float = 0.3, memory: float = 0.95) -> None:
+    def __init__(self, *, enough: int = 20, most: float = 0.3, memory: float = 0.95, is_trusted: bool = True) -> None:
         self._enough, self._most, self._memory = enough, most, memory
         self._calls = 0
         self._wrong = self._all = 0.0
-        self.is_trusted = True
+        self.is_trusted = is_trusted
 
     def add(self, predicted: int, actual: int, prompt_tokens: int) -> None:
         """A call ended."""

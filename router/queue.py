@@ -50,14 +50,16 @@ class _Line(Generic[T]):
     number: int  # of its place in the order; other places of this tenant there are old
     calls: list[tuple[int, int, Ticket[T]]] = field(default_factory=list)
     waiting: int = 0
+    by_priority: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Class(Generic[T]):
-    """The calls that give way alike: a line per tenant, and the tenants by what they were served."""
+    """The calls that give way alike: a line per tenant, the tenants by what they were served, and how many wait."""
 
     lines: dict[str, _Line[T]] = field(default_factory=dict)
     order: list[tuple[float, int, str]] = field(default_factory=list)
+    size: int = 0
 
 
 class FairQueue(Generic[T]):
@@ -88,6 +90,7 @@ class FairQueue(Generic[T]):
         dropped = self._make_room(tenant) if self._size >= self.most else None
         ticket = Ticket(item, tenant, priority, max(1, tokens), now_s)
         found = self._classes.setdefault(max(0, priority), _Class())
+        found.size += 1
         line = found.lines.get(tenant)
         if line is None:
             self._set_served(tenant, max(self._served.get(tenant, 0.0), self._level))
@@ -95,6 +98,7 @@ class FairQueue(Generic[T]):
             self._place(found, tenant, line)
         heapq.heappush(line.calls, (priority, next(self._number), ticket))
         line.waiting += 1
+        line.by_priority[priority] = line.by_priority.get(priority, 0) + 1
         newest = self._newest.setdefault(tenant, [])
         newest.append(ticket)
         if len(newest) > 2 * self._counts.get(tenant, 0) + FEW:
@@ -127,6 +131,20 @@ class FairQueue(Generic[T]):
             del self._classes[gives_way]
         return None
 
+    def ahead(self, tenant: str, priority: int) -> int:
+        """About how many calls would be served before one that came now, as if all were equally large.
+
+        All that do not give way as it does; of the rest, as many of each tenant as it would have itself, or all.
+        """
+        ahead = sum(found.size for each, found in self._classes.items() if each < max(0, priority))
+        own = self._classes.get(max(0, priority))
+        if own is None:
+            return ahead
+        line = own.lines.get(tenant)
+        mine = 0 if line is None else sum(n for each, n in line.by_priority.items() if each <= priority)
+        tenants = len(own.lines) + (line is None)
+        return ahead + min(own.size, (mine + 1) * tenants - 1)
+
     def cancel(self, ticket: Ticket[T]) -> None:
         """It does not wait any longer; any number of times."""
         if not ticket.is_gone:
@@ -155,9 +173,12 @@ class FairQueue(Generic[T]):
 
     def _leave(self, ticket: Ticket[T]) -> None:
         ticket.is_gone = True
-        lines = self._classes[max(0, ticket.priority)].lines
+        found = self._classes[max(0, ticket.priority)]
+        found.size -= 1
+        lines = found.lines
         line = lines[ticket.tenant]
         line.waiting -= 1
+        line.by_priority[ticket.priority] -= 1
         if not line.waiting:
             del lines[ticket.tenant]
         elif len(line.calls) > 2 * line.waiting + FEW:

@@ -125,6 +125,8 @@ class Connection(asyncio.Protocol):
 
     async def _script(self, exchange: Exchange, script: Script, stream: Stream) -> bool:
         await _stand(script, -1)
+        if exchange.closed.is_set():
+            return False
         if not exchange.json.get("stream"):
             return await self._reply(Reply(body=dump(stream.body())))
         self._head(200, "text/event-stream; charset=utf-8", [("transfer-encoding", "chunked")])

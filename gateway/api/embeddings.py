@@ -36,7 +36,7 @@ _fields_decoder = msgspec.json.Decoder(RawFields)
 _usage_decoder = msgspec.json.Decoder(UsageBody | None)
 
 
-async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:  # noqa: ARG001  # a handler's signature
+async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, watched: Watched) -> None:
     """POST /v1/embeddings. Raises: GatewayError."""
     serving = gateway.serving
     key = serving.keyring.identify(exchange.authorization)
@@ -51,7 +51,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
     try:
         async with hold:
             record.is_offline = hold.is_offline
-            slot, answer = await _embed(model, raw, exchange, key.salt or key.id)
+            slot, answer = await _embed(model, raw, exchange, key.salt or key.id, watched.deadline_s)
             rendered = _account(answer, model, slot, hold, exchange, record)
             await exchange.respond(
                 200, [JSON, *_headers(slot, exchange, record), *gateway.limit_headers(hold)], rendered
@@ -60,10 +60,12 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
         raise refusal(exc, gateway.limit_headers(hold)) from exc
 
 
-async def _embed(model: Model, raw: RawFields, exchange: Exchange, tenant: str) -> tuple[Slot, bytes]:
+async def _embed(
+    model: Model, raw: RawFields, exchange: Exchange, tenant: str, deadline_s: float
+) -> tuple[Slot, bytes]:
     """The answer of the best backend that can be reached, and which it was."""
     attempts = Attempts(model, None)
-    await attempts.admit(tenant, None)
+    await attempts.admit(tenant, deadline_s)
     while True:
         slot = attempts.next()
         with slot as backend:

@@ -69,8 +69,9 @@ NOT_IN_SEGMENTS = ("documents", "media_io_kwargs", "mm_processor_kwargs", "promp
 
 
 def tokenize_body(call: Call) -> bytes:
-    """The request to /tokenize that renders a chat call's prompt."""
-    fields: dict[str, Any] = {name: call.fields[name] for name in PROMPT_FIELDS if name in call.fields}
+    """The request to /tokenize that renders a chat call's prompt, or reads a completion's text."""
+    names = PROMPT_FIELDS if call.surface == "chat" else ("prompt", "add_special_tokens")
+    fields: dict[str, Any] = {name: call.fields[name] for name in names if name in call.fields}
     return msgspec.json.encode({**fields, "model": call.model})
 
 

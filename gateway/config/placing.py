@@ -7,15 +7,45 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gateway.config.base import PositiveInt, Section
+
+HOST = "{host}"
+
+
+class KvEventsConfig(Section):
+    """Where a vLLM server publishes what its prefix cache holds; `{host}` is the host of the backend's `url`."""
+
+    endpoint: str = "tcp://{host}:5557"
+    replay: str | None = None
+    topic: str = ""
+
+    @field_validator("endpoint", "replay")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is None or address.startswith("ipc:///"):
+            return address
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        is_port = port.isdigit() and 0 < int(port) < 65536
+        if not address.startswith("tcp://") or not host or "*" in host or not is_port:
+            raise ValueError("must look like tcp://{host}:5557, tcp://10.0.0.1:5557 or ipc:///run/vllm/events")
+        return address
+
+    def at(self, host: str) -> KvEventsConfig:
+        """The same for one host."""
+        place = f"[{host}]" if ":" in host else host
+        found = {"endpoint": self.endpoint.replace(HOST, place)}
+        if self.replay is not None:
+            found["replay"] = self.replay.replace(HOST, place)
+        return self.model_copy(update=found)
 
 
 class PlacementConfig(Section):
     """How backends are compared."""
 
-    index: Literal["predicted", "off"] = "predicted"
+    index: Literal["exact", "predicted", "off"] = "predicted"
+    tokens_wait_s: float = Field(0.05, gt=0, le=5)
     isolate: bool = True
     ttl_s: float = Field(600, gt=0)
     cache_tokens: PositiveInt = 262144
@@ -37,3 +67,9 @@ class RetriesConfig(Section):
 
     share: float = Field(0.2, ge=0, le=1)
     burst: float = Field(20, ge=0)
+
+
+class HedgingConfig(Section):
+    """How many calls may have a second try while the first has not answered."""
+
+    share: float = Field(0, ge=0, le=1)

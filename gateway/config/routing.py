@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gateway.config.base import PositiveInt, Section
-from gateway.config.placing import PlacementConfig, QueueConfig, RetriesConfig
+from gateway.config.placing import HedgingConfig, PlacementConfig, QueueConfig, RetriesConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[float, Field(gt=0)]
@@ -53,4 +53,5 @@ class Routing(Section):
     cascade: CascadeConfig = CascadeConfig()
     placement: PlacementConfig = PlacementConfig()
     retries: RetriesConfig = RetriesConfig()
+    hedging: HedgingConfig = HedgingConfig()
     queue: QueueConfig = QueueConfig()

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from gateway.config.alerts import AlertsConfig
 from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
+from gateway.config.placing import KvEventsConfig
 from gateway.config.routing import Routing
 
 Mode = Literal["instant", "reasoning", "agentic"]
@@ -68,6 +69,7 @@ class BackendConfig(Section):
     api_key_env: Variable | None = None
     weight: float = Field(1, gt=0)
     cost: float = Field(1, ge=0)
+    kv_events: KvEventsConfig | None = None
 
     @field_validator("url")
     @classmethod
@@ -94,6 +96,8 @@ class BackendConfig(Section):
                 raise ValueError("an embedded backend needs `path`: a model folder or Hugging Face id")
         elif self.url is None or self.path is not None:
             raise ValueError(f"a {self.kind} backend needs `url`, and no `path`")
+        if self.kv_events is not None and self.kind != "vllm":
+            raise ValueError(f"only a vllm backend publishes `kv_events`, not one of kind {self.kind}")
         return self
 
 
@@ -260,7 +264,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        problems = [*self._key_problems(), *self._limit_problems(), *self._server_problems()]
+        problems = [
+            *self._key_problems(),
+            *self._limit_problems(),
+            *self._server_problems(),
+            *self._placement_problems(),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -322,6 +331,12 @@ class Config(Section):
             )
         return problems
 
+    def _placement_problems(self) -> list[str]:
+        told = any(backend.kv_events for model in self.models.values() for backend in model.backends)
+        if self.routing.placement.index != "exact" or told:
+            return []
+        return ["routing.placement.index: exact needs `kv_events` of at least one backend"]
+
     def may_be_open(self) -> bool:
         """Whether anybody is served as long as there is no key at all."""
         return not self.keys and self.server.host in LOOPBACK_HOSTS
@@ -333,6 +348,9 @@ class Config(Section):
             inert += [f"models.{name}.{key}" for key in ("planner", "architecture") if getattr(model, key)]
             unknown = [other for other in model.fallback if other not in self.models]
             inert += [f"models.{name}.fallback ({other} is not under models)" for other in unknown]
+            if self.routing.placement.index != "exact":
+                events = [backend.id for backend in model.backends if backend.kv_events is not None]
+                inert += [f"models.{name}.backends[{id}].kv_events (placement.index is not exact)" for id in events]
         inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}

@@ -73,6 +73,11 @@ class Watched:
             self._task.uncancel()
             raise _outcome(self.reason) from None
 
+    @property
+    def deadline_s(self) -> float:
+        """When the request's time is over, on its clock."""
+        return self._deadline_s
+
     def bound(self, deadline_s: float) -> None:
         """The request's envelope ends at this monotonic time."""
         if deadline_s < self._deadline_s:

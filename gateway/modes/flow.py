@@ -7,7 +7,7 @@ the envelope and the hold. The modes build on `flow`.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from gateway.attempts import Attempts
 from gateway.backends.port import Delta
 from gateway.errors import DeadlinePassed, UpstreamError
 from gateway.modes.guard import Guard
+from gateway.modes.hedge import Hedge
 
 if TYPE_CHECKING:
     from budget.envelope import Envelope
@@ -91,7 +92,8 @@ class Run:
         deliver: writes an event to the client at once, if it can; None where deltas are worked on first.
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
-        tenant: in whose turn it waits, where it has to.
+        tenant: in whose turn it waits, where it has to, and
+        deadline_s: until when, on the clock; None: as long as anybody may.
         spent_before: output tokens of an answer that was thrown away.
     """
 
@@ -116,6 +118,7 @@ class Run:
     is_cut: bool = False
     deliver: Callable[[bytes], bool] | None = None
     tenant: str = ""
+    deadline_s: float | None = None
     spent_before: int = 0
 
     def __post_init__(self) -> None:
@@ -292,18 +295,21 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
         says that it is done and a choice is not; whatever else the backend raises.
     """
     attempts = Attempts(run.model, run.call)
-    await attempts.admit(run.tenant, run.envelope.deadline_s)
+    await attempts.admit(run.tenant, run.deadline_s)
     is_done = has_begun = False
     while not is_done:
         slot = run.slot = attempts.next()
-        with slot:
+        hedge = None if run.model.hedging is None else Hedge(run, attempts, run.model.hedging, slot)
+        place: AbstractContextManager[object] = hedge or slot
+        with place:
             try:
-                source: Batches | None = run.begin(slot)
+                source: Batches | None = run.begin(slot) if hedge is None else hedge.deltas()
                 while source is not None:
                     async with aclosing(source) as batches:
                         async for deltas in batches:
                             if not has_begun:
                                 has_begun = True
+                                slot = slot if hedge is None else hedge.slot
                                 attempts.began(slot)
                             yield run.take(deltas)
                             if run.is_cut:
@@ -311,7 +317,8 @@ async def flow(run: Run) -> AsyncGenerator[list[Delta], None]:
                     source = run.go_on(slot)
                 is_done = True
             except (UpstreamError, DeadlinePassed) as exc:
-                attempts.failed(slot, exc, has_begun=has_begun or run.has_output())
+                failed = slot if hedge is None else hedge.slot
+                attempts.failed(failed, exc, has_begun=has_begun or run.has_output())
             finally:
                 attempts.leave()
     attempts.ended(run.tally.usage, run.tally.output() - run.spent_before)

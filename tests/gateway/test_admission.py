@@ -11,7 +11,7 @@ from gateway.admission import Admission
 from gateway.config.placing import QueueConfig
 from gateway.errors import DeadlinePassed, Overloaded
 from gateway.load import Load
-from tests.gateway.live import INSTANT, MODEL, ask, live, tree_of
+from tests.gateway.live import ASK, EMBEDDINGS, INSTANT, MODEL, ask, live, tree_of
 from tests.gateway.still import config_of, models_of
 from tests.gateway.test_placing import Clock
 from tests.scripted_backend import ScriptedBackend
@@ -91,7 +91,7 @@ async def test_nobody_waits_beyond_the_deadline_or_in_vain() -> None:
         await admission.enter("a", priority=0, tokens=1, deadline_s=999.0)
     with pytest.raises(DeadlinePassed):
         await admission.enter("a", priority=0, tokens=1, deadline_s=1000.001)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded, match=r"max_wait_s\), and that has passed"):
         await admission.enter("a", priority=0, tokens=1, deadline_s=None)
     assert len(admission) == 0
 
@@ -125,6 +125,59 @@ async def test_a_backend_that_takes_no_calls_is_no_room(how: str) -> None:
     assert not admission.is_open()
     full.mark_down("gone")
     assert admission.is_open()
+
+
+async def test_a_call_that_would_wait_too_long_is_refused_at_once() -> None:
+    """Turns of a second each: beyond the longest wait a call is refused, with what it waits for; others get turns."""
+    admission = admission_of(0, max_wait_s=10, max_waiting=100)
+    admission._turn_s = 1.0
+    async with asyncio.TaskGroup() as calls:
+        waiting = [calls.create_task(served(admission, f"a{i}", [])) for i in range(11)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match=r"waits 10 s at most .* about 11 s"):
+            await served(admission, "a11", [])
+        newcomer = calls.create_task(served(admission, "b0", []))
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlinePassed):
+            await admission.enter("b", priority=0, tokens=1, deadline_s=1002.0)
+        assert (len(admission), admission.shed) == (12, 1)
+        for call in (*waiting, newcomer):
+            call.cancel()
+
+
+async def test_turns_are_learned_from_those_that_waited_only() -> None:
+    """That nobody waited says nothing of how long a turn takes; and a queue that was slow once recovers."""
+    admission, clock = admission_of(0), Clock()
+    admission._clock = clock
+    for waited_s in (30.0, 30.0, 0.0, 0.0):
+        clock.now_s += 3600
+        async with asyncio.TaskGroup() as calls:
+            calls.create_task(served(admission, "a0", []))
+            await asyncio.sleep(0)
+            clock.now_s += waited_s
+            admission._slots[0].standing.limit = 1
+            admission._slots[0].became_free()
+        admission._slots[0].standing.limit = 0
+        assert admission._turn_s <= 30 * 0.19 + 1e-9
+    assert admission._turn_s == pytest.approx(30 * 0.19 * 0.81)
+
+
+async def test_every_call_has_an_end_of_waiting(scripted: ScriptedBackend) -> None:
+    """Streamed, read or passed on whole, and embeddings: what cannot be served within the request's time is a 504."""
+    async with live(tree_of(scripted, server={"timeouts": {"total_s": 50}})) as gateway:
+        gateway.slot().standing.limit = 0
+        gateway.gateway.serving.models[MODEL].admission._turn_s = 51.0
+        async with asyncio.TaskGroup() as clients:
+            first = clients.create_task(ask(gateway, INSTANT))
+            while gateway.metric("thinkgate_queue_calls", model=MODEL) < 1:
+                await asyncio.sleep(0)
+            for body in ({**INSTANT, "stream": True}, ASK, INSTANT):
+                answer = await ask(gateway, body)
+                assert (answer.status, answer.error["code"]) == (504, "deadline_passed")
+            assert (await ask(gateway, {"model": MODEL, "input": "six"}, EMBEDDINGS)).status == 504
+            gateway.slot().standing.limit = None
+            gateway.slot().became_free()
+        assert first.result().status == 200
 
 
 def test_a_backend_is_full_by_its_own_account_only() -> None:

@@ -149,7 +149,7 @@ def test_predictions_that_are_wrong_are_no_longer_believed() -> None:
     none, all_of_it = (Usage(prompt_tokens=2000, completion_tokens=1, cached_tokens=n) for n in (0, 2000))
     slot = served(model, text)
     while slot.standing.agreement.is_trusted:
-        assert slot.standing.told[0] < 100 * 2000
+        assert slot.standing.told["predicted"][0] < 100 * 2000
         slot = served(model, text, usage=none)
     assert Prompt(model.placing, call(text)).hit_tokens(slot.standing, model.clock()) == 0
     for _ in range(400):
@@ -239,7 +239,7 @@ def test_more_cached_than_there_was_counts_as_all_of_it() -> None:
     """A backend's wild word about its cache is bounded by the prompt, in what is told and in what is trusted."""
     model = model_of(2)
     slot = served(model, "x" * 4000, usage=Usage(prompt_tokens=1000, completion_tokens=1, cached_tokens=10**9))
-    assert slot.standing.told[2] == 1000
+    assert slot.standing.told["predicted"][2] == 1000
     assert slot.standing.agreement._wrong <= 1000
 
 

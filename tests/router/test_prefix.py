@@ -1,8 +1,7 @@
-"""Prefix caches as the router sees them: predicted ones forget like vLLM, exact ones follow events copy by copy."""
+"""Prefix caches as the router predicts them: chains agree as prompts do, and what is expected is forgotten like vLLM."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.prefix import BLOCK_BYTES, Exact, Predicted, byte_chain, seed, token_chain
+from router.prefix import BLOCK_BYTES, Predicted, byte_chain, seed
 
 FEW = settings(max_examples=150, deadline=None)
 PROMPTS = st.lists(st.integers(0, 2), max_size=9)  # of few blocks, so that they share beginnings
@@ -141,94 +140,3 @@ def test_asking_a_long_prompt_looks_at_few_of_its_blocks() -> None:
     CountedReads.reads = 0
     assert cache.overlap(chain, 0.0) == 1000
     assert CountedReads.reads <= 11
-
-
-SIZE = 4  # tokens of a block
-
-
-def ids_of(blocks: Sequence[int]) -> list[int]:
-    """Token ids of a prompt whose blocks are these."""
-    return [block for block in blocks for _ in range(SIZE)]
-
-
-def test_events_name_what_a_prompt_finds() -> None:
-    """Stored blocks are found by the tokens' own chain, also those that came later below a known parent."""
-    cache, chain = Exact(), token_chain(SEED, ids_of([1, 2, 3]), SIZE)
-    cache.stored(0, ["a", "b"], None, ids_of([1, 2]), SEED)
-    assert cache.overlap(chain) == 2
-    cache.stored(0, ["c"], "b", ids_of([3]), SEED)
-    assert (cache.overlap(chain), cache.block_tokens) == (3, SIZE)
-    cache.removed(0, ["b"])
-    assert cache.overlap(chain) == 1
-
-
-def test_blocks_without_a_known_parent_are_left_out() -> None:
-    """What nobody can name is counted as orphaned and never taken for a hit."""
-    cache = Exact()
-    cache.stored(0, ["x"], "never seen", ids_of([1]), SEED)
-    cache.stored(0, ["x", "y"], None, [1, 2, 3], SEED)
-    cache.removed(0, ["never seen"])
-    assert (len(cache), cache.orphans, cache.overlap(token_chain(SEED, ids_of([1]), SIZE))) == (0, 1, 0)
-
-
-def test_groups_of_a_hybrid_model_are_counted_apart() -> None:
-    """A block that two groups of layers hold stays found until both have removed it."""
-    cache, chain = Exact(), token_chain(SEED, ids_of([1]), SIZE)
-    for group in (0, 1):
-        cache.stored(group, ["a"], None, ids_of([1]), SEED)
-    cache.removed(0, ["a"])
-    assert cache.overlap(chain) == 1
-    cache.removed(1, ["a"])
-    assert cache.overlap(chain) == 0
-
-
-def test_more_blocks_than_it_may_have_are_noticed() -> None:
-    """Beyond its bound the cache says that it must not be asked; emptied, it may be again."""
-    cache = Exact(most_blocks=1)
-    cache.stored(0, ["a", "b"], None, ids_of([1, 2]), SEED)
-    assert cache.is_overfull
-    cache.clear()
-    assert (cache.is_overfull, len(cache)) == (False, 0)
-
-
-class ExactMachine(RuleBasedStateMachine):
-    """Copies come and go in any order: a prompt finds exactly the blocks of which a copy is left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache = Exact()
-        self.copies: Counter[tuple[int, ...]] = Counter()
-
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=4))
-    def store(self, prompt: list[int]) -> None:
-        """One more copy of a whole prompt, as an engine without sharing would keep it."""
-        names = [tuple(prompt[: i + 1]) for i in range(len(prompt))]
-        self.cache.stored(0, names, None, ids_of(prompt), SEED)
-        self.copies.update(names)
-
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=4))
-    def remove(self, prompt: list[int]) -> None:
-        """One copy of one block goes, if there is one."""
-        name = tuple(prompt)
-        if self.copies[name]:
-            self.copies[name] -= 1
-            self.cache.removed(0, [name])
-
-    @rule()
-    def clear(self) -> None:
-        """All of it goes."""
-        self.cache.clear()
-        self.copies.clear()
-
-    @invariant()
-    def finds_what_is_left(self) -> None:
-        """The hit ends at the first block without a copy; nothing is kept of blocks that are gone."""
-        assert len(self.cache) == sum(count > 0 for count in self.copies.values())
-        for prompt in ([0, 0, 1], [1, 1], [0, 1, 0, 1]):
-            held = [self.copies[tuple(prompt[: i + 1])] > 0 for i in range(len(prompt))]
-            hit = held.index(False) if False in held else len(held)
-            assert self.cache.overlap(token_chain(SEED, ids_of(prompt), SIZE)) == hit
-
-
-TestExactMachine = ExactMachine.TestCase
-TestExactMachine.settings = settings(max_examples=60, deadline=None, stateful_step_count=30)

@@ -217,10 +217,24 @@ class QueueMachine(RuleBasedStateMachine):
     def counts(self) -> None:
         """It knows how many wait, and they fit."""
         assert len(self.queue) == len(self.waiting) <= 6
+        assert self.queue.ahead("new", 2) == len(self.waiting)
 
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=80, deadline=None, stateful_step_count=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(calls=st.lists(st.tuples(st.sampled_from("abc"), st.integers(-1, 1)), max_size=40))
+def test_no_more_calls_go_first_than_were_foreseen(calls: list[tuple[str, int]]) -> None:
+    """Of calls of one size, no more than foreseen are served before one; beside one long line of another, few."""
+    queue: FairQueue[str] = FairQueue(10_000)
+    for tenant, priority in calls:
+        pushed(queue, "other", tenant, priority=priority)
+    ahead = queue.ahead("b", 0)
+    pushed(queue, "own", "b")
+    assert order(queue).index("own") <= ahead <= len(calls)
+    assert ahead <= sum(priority < 0 for _, priority in calls) + 3 * (1 + sum(tenant == "b" for tenant, _ in calls))
 
 
 @settings(max_examples=30, deadline=None)
