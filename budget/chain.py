@@ -9,13 +9,15 @@ Sources: Qwen3's thinking budget (two calls), s1 (arXiv 2501.19393, section 3.1:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
+from budget.chain_step import Step
+from budget.course import Course, Told
+from budget.stopping import MOST_WAITS, MinimumThinking
+
 TRIAL_TOKENS = 2  # in and out, when a backend is made to check what an answer asks for
-MAX_WAITS = 8
 Phase = Literal["thinking", "answer", "over"]
 
 
@@ -50,7 +52,7 @@ class Forcing(msgspec.Struct, frozen=True, kw_only=True):
 
     def most_wasted(self) -> int:
         """Most tokens of one chain that reach no client: a trial's two, an end of turn, and a marker at each wait."""
-        return TRIAL_TOKENS + 1 + MAX_WAITS * len(self.closing)
+        return TRIAL_TOKENS + 1 + MOST_WAITS * len(self.closing)
 
 
 class Purse(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,50 +83,6 @@ class ChainRules(msgspec.Struct, frozen=True, kw_only=True):
     purse: Purse | None = None
 
 
-@dataclass(slots=True)
-class Step:
-    """What some tokens meant.
-
-    Attributes:
-        thinking: of them, thinking tokens.
-        answer: answer tokens.
-        injected: markers, sampled or forced, and other forced tokens.
-        wasted: tokens that are dropped: they reach no client and no later segment.
-        ids: those that were kept, forced ones included, in order.
-        forced: how many at the end of `ids` were forced.
-        shown: of the forced ones, how many are the wrap-up or "Wait", which belong to the thinking's text.
-        begins_call: a tool call began here, and was forced anew.
-        is_over: the segment is over: ask for the next one.
-        ended_by: the bound that ended the thinking here.
-    """
-
-    thinking: int = 0
-    answer: int = 0
-    injected: int = 0
-    wasted: int = 0
-    ids: list[int] = field(default_factory=list)
-    forced: tuple[int, ...] = ()
-    shown: int = 0
-    begins_call: bool = False
-    is_over: bool = False
-    ended_by: str | None = None
-
-    def plus(self, later: Step) -> Step:
-        """This step and the next as one."""
-        return Step(
-            thinking=self.thinking + later.thinking,
-            answer=self.answer + later.answer,
-            injected=self.injected + later.injected,
-            wasted=self.wasted + later.wasted,
-            ids=self.ids + later.ids,
-            forced=self.forced + later.forced,
-            shown=self.shown + later.shown,
-            begins_call=self.begins_call or later.begins_call,
-            is_over=self.is_over or later.is_over,
-            ended_by=self.ended_by or later.ended_by,
-        )
-
-
 class Chain:
     """One choice.
 
@@ -134,6 +92,7 @@ class Chain:
         rules: its bounds.
         is_open: the prompt ends inside the thinking.
         has_closed: the prompt already ends with a closed chain.
+        course: what its thinking goes along: the steps of a plan, pauses for probes.
 
     Attributes:
         phase: what the next segment samples.
@@ -148,6 +107,7 @@ class Chain:
         "_is_reopened",
         "_rules",
         "answer",
+        "course",
         "femto_usd",
         "finish_reason",
         "ids",
@@ -160,13 +120,21 @@ class Chain:
     )
 
     def __init__(
-        self, prompt: Sequence[int], forcing: Forcing, rules: ChainRules, *, is_open: bool, has_closed: bool = False
+        self,
+        prompt: Sequence[int],
+        forcing: Forcing,
+        rules: ChainRules,
+        *,
+        is_open: bool,
+        has_closed: bool = False,
+        course: Course | None = None,
     ) -> None:
         self.ids = list(prompt)
         self.prompt_tokens = len(self.ids)
         self._forcing = forcing
         self._rules = rules
         self._is_reopened = False
+        self.course = course
         self.thinking = self.answer = self.injected = self.waits = self.femto_usd = 0
         self.finish_reason: str | None = None
         self.stop_reason: object = None
@@ -179,6 +147,8 @@ class Chain:
             return step
         if not is_open:
             self._force(step, self._forcing.opening)
+        if self.course is not None:
+            self._tell(step, self.course.begin(self._free()))
         if self.room() <= 0:
             self._close(step, ())
         return step
@@ -202,18 +172,25 @@ class Chain:
 
     def room(self) -> int:
         """Most tokens the next segment may sample."""
+        left = self._free()
+        if self.course is not None and self.phase == "thinking":
+            left = min(left, self.course.room(self.thinking))
+        return max(0, left)
+
+    def _free(self) -> int:
+        """The same, whatever the course says; below 0 where a bound is passed."""
         rules, left = self._rules, self._rules.total - self.output()
         purse = rules.purse
         if self.phase == "answer":
             if purse is not None and purse.answer:
                 left = min(left, (purse.femto_usd - self.femto_usd) // purse.answer)
-            return max(0, left)
+            return left
         reserve = rules.answer_floor + self._closing_tokens()
         left = min(rules.cap - self.thinking, left - reserve)
         if purse is not None and purse.thinking:
             free = purse.femto_usd - self.femto_usd - reserve * purse.answer
             left = min(left, free // purse.thinking)
-        return max(0, left)
+        return left
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens at which the thinking ends by itself."""
@@ -282,7 +259,7 @@ class Chain:
                 return
             if step.thinking >= room:
                 step.wasted += len(ids) - at
-                self._close(step, self._forcing.wrap_up, self._bound())
+                self._meet_bound(step)
                 return
             step.thinking += 1
             self.thinking += 1
@@ -292,10 +269,11 @@ class Chain:
     def _end_thinking(self, step: Step, ids: Sequence[int], finish: str, stop: object) -> None:
         """The backend ended the segment, and no marker was among its tokens."""
         if finish == "length":
-            self._close(step, self._forcing.wrap_up, self._bound())
+            self._meet_bound(step)
             return
         if stop is not None and stop == self._forcing.end_id:  # it keeps the token it stopped at to itself
-            self._close(step, ())
+            if not self._go_on(step, has_ended=True):
+                self._close(step, ())
             return
         if ids and step.thinking:  # the model ended its turn: that token is no part of a chain that goes on
             step.ids.pop()
@@ -304,14 +282,36 @@ class Chain:
             self.thinking -= 1
             self._pay(-1, 0)
             step.wasted += 1
-        if not self._wait(step):
+        if not (self._go_on(step, has_ended=True) or self._wait(step)):
             self._close(step, ())
+
+    def _meet_bound(self, step: Step) -> None:
+        """The thinking may not go on as it did."""
+        if not self._go_on(step, has_ended=False):
+            self._close(step, self._forcing.wrap_up, self._bound())
+
+    def _go_on(self, step: Step, *, has_ended: bool) -> bool:
+        """Follow the course, where it goes on: with the heading of the next step, or with nothing forced at all."""
+        if self.course is None:
+            return False
+        told = self.course.turn(self.thinking, has_ended=has_ended, room=self._free())
+        if told is None:
+            return False
+        self._tell(step, told)
+        step.is_over = True
+        return True
+
+    def _tell(self, step: Step, told: Told | None) -> None:
+        """Force a heading."""
+        if told is not None:
+            self._force(step, told.ids)
+            step.shown, step.told = len(told.ids), told.text
 
     def _wait(self, step: Step) -> bool:
         """Make the thinking go on if it ended too early and there is room."""
         wait = self._forcing.wait
-        is_early = self.thinking < self._rules.min_thinking
-        if not (is_early and wait and self.waits < MAX_WAITS and self.room() > len(wait)):
+        goes_on = MinimumThinking(self._rules.min_thinking).goes_on(self.thinking, self.waits)
+        if not (goes_on and wait and self.room() > len(wait)):
             return False
         self.waits += 1
         self._force(step, wait)
@@ -320,7 +320,7 @@ class Chain:
 
     def _closed(self, step: Step, marker: list[int]) -> None:
         """The model closed its thinking itself."""
-        if self._wait(step):
+        if self._go_on(step, has_ended=True) or self._wait(step):
             step.wasted += len(marker)
             return
         self.injected += len(marker)
@@ -361,9 +361,11 @@ class Chain:
         self.phase, step.is_over = "over", True
 
     def _bound(self) -> str:
-        """What the thinking ran into: the cap, the purse, or what is kept back of the total for the answer."""
+        """What the thinking ran into: the cap, its plan, the purse, or what is kept of the total for the answer."""
         if self.thinking >= self._rules.cap:
             return "cap"
+        if self.course is not None and self._free() > 0 >= self.course.room(self.thinking):
+            return "plan"
         reserve = self._rules.answer_floor + self._closing_tokens()
         has_tokens = self._rules.total - self.output() > reserve
         return "usd" if has_tokens and self._rules.purse is not None else "total"

@@ -30,6 +30,14 @@ class Envelope:
         """Whether there is anything to check."""
         return self.tokens is not None or self.nano_usd is not None or self.deadline_s is not None
 
+    def less(self, *, tokens: int, nano_usd: int) -> Envelope:
+        """What is left of it after so much was spent; its end stays where it is."""
+        return Envelope(
+            tokens=None if self.tokens is None else max(0, self.tokens - tokens),
+            nano_usd=None if self.nano_usd is None else max(0, self.nano_usd - nano_usd),
+            deadline_s=self.deadline_s,
+        )
+
     def check(self, *, tokens: int, nano_usd: int, now_s: float) -> None:
         """Compare what was spent so far with the bounds.
 

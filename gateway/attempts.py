@@ -68,6 +68,8 @@ class Attempts:
     def beside(self, slot: Slot) -> tuple[Slot, Prompt | None]:
         """The backend to try beside `slot`, where there is one, and the prompt as it is counted there, too."""
         prompt = self._model.prompt(self._call)
+        if prompt is not None and self.prompt is not None:
+            prompt.read(self.prompt.ids)
         return self._place(self._unfit(slot), prompt), prompt
 
     def _place(self, without: list[Slot], prompt: Prompt | None) -> Slot:

@@ -97,8 +97,8 @@ class Prompt:
     """
 
     __slots__ = (
-        *("_chains", "_exact", "_ids", "_index", "_left", "_placing", "_predicted", "_salt", "_standing"),
-        *("bytes", "chain", "tokens"),
+        *("_chains", "_exact", "_index", "_left", "_placing", "_predicted", "_salt", "_standing"),
+        *("bytes", "chain", "ids", "tokens"),
     )
 
     def __init__(self, placing: Placing, call: Call | None) -> None:
@@ -107,7 +107,7 @@ class Prompt:
         self._left = self._predicted = 0
         self._exact: int | None = None
         self._index = "predicted"
-        self._ids: Sequence[int] = ()
+        self.ids: Sequence[int] = ()
         self._chains: dict[tuple[str, int], list[int]] = {}
         self._salt = ""
         self.chain: list[int] = []
@@ -126,14 +126,14 @@ class Prompt:
     def read(self, ids: Sequence[int]) -> None:
         """Its token ids, so that indexes that follow events can be asked; none: they are not known."""
         if ids:
-            self._ids, self.tokens = ids, len(ids)
+            self.ids, self.tokens = ids, len(ids)
 
     def _exact_hit(self, standing: Standing, now_s: float) -> int | None:
         """Tokens of it that a backend has, by its events; None where these are not followed, or its ids not known."""
         kv = standing.kv
-        if kv is None or not kv.is_live or not self._ids:
+        if kv is None or not kv.is_live or not self.ids:
             return None
-        return kv.hit(self._token_chain(kv), len(self._ids), now_s)
+        return kv.hit(self._token_chain(kv), len(self.ids), now_s)
 
     def _token_chain(self, kv: KvIndex) -> list[int]:
         """Its chain in blocks as that backend cuts them, under the adapter that it knows the model as."""
@@ -141,7 +141,7 @@ class Prompt:
         key = (upstream if upstream in kv.adapters else "", size)
         chain = self._chains.get(key)
         if chain is None:
-            chain = token_chain(seed("", key[0], self._salt), self._ids, size) if size else []
+            chain = token_chain(seed("", key[0], self._salt), self.ids, size) if size else []
             self._chains[key] = chain
         return chain
 

@@ -94,11 +94,21 @@ class Tally:
         self.usage: Usage | None = None
         self.asides: list[Tally] = []
 
-    def begin_aside(self, *, most_prompt: int, most_output: int) -> Tally:
-        """The tally of one more call on the side: nobody asked for its tokens, somebody pays for them."""
-        aside = Tally(self._prices, most_prompt=most_prompt, most_output=most_output)
+    def begin_aside(self, *, most_prompt: int, most_output: int, prices: PriceTable | None = None) -> Tally:
+        """The tally of one more call on the side: nobody asked for its tokens, somebody pays for them.
+
+        Args:
+            most_prompt: as for the request itself.
+            most_output: likewise.
+            prices: of the model that is called; None: it is the request's own.
+        """
+        aside = Tally(prices or self._prices, most_prompt=most_prompt, most_output=most_output)
         self.asides.append(aside)
         return aside
+
+    def aside_amounts(self) -> Amounts:
+        """What the calls on the side have used so far."""
+        return self.amounts(TokenCounts(planner=sum(aside.counts().total() for aside in self.asides)))
 
     @property
     def is_estimated(self) -> bool:
@@ -240,26 +250,27 @@ class Tally:
         return Amounts(
             tokens=counts.total(),
             thinking_tokens=counts.thinking,
-            nano_usd=self._prices.cost_nano_usd(self._priced(counts)),
+            nano_usd=self._nano_usd(counts),
         )
 
-    def _priced(self, counts: TokenCounts) -> TokenCounts:
-        """`counts` as they are paid for: a call on the side and a lost prompt cost what they cost, by direction."""
+    def _nano_usd(self, counts: TokenCounts) -> int:
+        """What `counts` cost; a call on the side costs what a call costs, by direction, at the prices of its model."""
         if self.lost_tries:
             lost = self._lost_prompts(counts)
             counts = msgspec.structs.replace(counts, prompt=counts.prompt + lost, wasted=counts.wasted - lost)
         if not self.asides:
-            return counts
-        asides = [aside.counts() for aside in self.asides]
-        prompt, cached = sum(one.prompt for one in asides), sum(one.cached for one in asides)
-        planner = sum(one.total() for one in asides)
-        return msgspec.structs.replace(
-            counts,
-            prompt=counts.prompt + prompt,
-            cached=counts.cached + cached,
-            answer=counts.answer + planner - prompt - cached,
-            planner=counts.planner - planner,
-        )
+            return self._prices.cost_nano_usd(counts)
+        asides = [(aside._prices, _by_direction(aside.counts())) for aside in self.asides]
+        own = msgspec.structs.replace(counts, planner=counts.planner - sum(found.total() for _, found in asides))
+        cost = 0
+        for prices, found in asides:
+            if prices != self._prices:
+                cost += prices.cost_nano_usd(found)
+                continue
+            own.prompt += found.prompt
+            own.cached += found.cached
+            own.answer += found.answer
+        return cost + self._prices.cost_nano_usd(own)
 
     def _thinking(self, usage: Usage, completion: int) -> tuple[int, int]:
         """Thinking and injected tokens: by ids, else as reported, else in proportion to the events seen."""
@@ -273,3 +284,9 @@ class Tally:
             return 0, 0
         self.is_guess = self.thinking > 0
         return min(total, -(-self.thinking * total // seen)), 0
+
+
+def _by_direction(counts: TokenCounts) -> TokenCounts:
+    """Tokens of a call on the side: what went in, and what came out."""
+    put_in = counts.prompt + counts.cached
+    return TokenCounts(prompt=counts.prompt, cached=counts.cached, answer=counts.total() - put_in)

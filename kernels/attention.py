@@ -1,7 +1,7 @@
-"""Attention of one query per branch over a paged KV cache: the definition, and the way that reads a prefix once.
+"""Attention over a paged KV cache: the definition, and the way that reads a prefix once for all who share it.
 
-Owns: both functions and how partial results are merged. Does not own: which rows share what (plan.py), and
-the blocks' numbers (trie.py).
+Owns: both, and how partial results are merged. Does not own: which rows share what (plan.py), and the
+blocks' numbers (trie.py).
 
 Softmax over a union of disjoint keys is the mean of the softmaxes over its parts, weighted by the sums of
 their exponentials. So a prefix that many branches share is attended once, as one matrix product with all their
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -20,54 +21,158 @@ from torch import Tensor
 
 from kernels.plan import Plan, Span
 
+# A run of consecutive blocks of so many tokens is read where it lies; what is shorter is copied together.
+_LONG_TOKENS = 256
+
 
 def attend_each(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Sequence[int]], lengths: Sequence[int], scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    counts: Sequence[int] | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: every row for itself.
+    """The definition: every query for itself.
 
     Args:
-        q: [rows, query_heads, dim], any float dtype.
+        q: [queries, query_heads, dim], any float dtype; those of a row together, in order.
         k: [blocks, block_tokens, kv_heads, dim], any strides; query head h reads head h // (query_heads / kv_heads).
         v: as k.
         tables: per row its blocks, in order.
         lengths: per row its tokens, at least one.
+        counts: per row its queries; they belong to its last tokens, and see nothing later. Default: one each.
         scale: of the scores; default: 1 / sqrt(dim).
 
-    Returns: [rows, query_heads, dim], dtype of `q`, and [rows, query_heads], the natural logarithm of the
+    Returns: [queries, query_heads, dim], dtype of `q`, and [queries, query_heads], the natural logarithm of the
         sum of the exponentials of the scores, float32 or wider.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    outs, sums = [], []
-    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+    counts = [1] * len(lengths) if counts is None else counts
+    outs: list[Tensor] = []
+    sums: list[Tensor] = []
+    for table, length, count in zip(tables, lengths, counts, strict=True):
         keys, values = (
             _gather(each, table)[:length].repeat_interleave(q.shape[1] // each.shape[2], 1) for each in (k, v)
         )
-        scores = torch.einsum("hd,thd->ht", q[row].to(keys.dtype), keys) * scale
-        outs.append(torch.einsum("ht,thd->hd", scores.softmax(-1), values))
-        sums.append(scores.logsumexp(-1))
+        for seen in range(length - count + 1, length + 1):
+            scores = torch.einsum("hd,thd->ht", q[len(outs)].to(keys.dtype), keys[:seen]) * scale
+            outs.append(torch.einsum("ht,thd->hd", scores.softmax(-1), values[:seen]))
+            sums.append(scores.logsumexp(-1))
     return torch.stack(outs).to(q.dtype), torch.stack(sums)
 
 
 def attend_tree(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """As `attend_each`, but every span of the plan is read once, for all of its rows.
+    """As `attend_each` with one query per row, but every span of the plan is read once, for all of its rows."""
+    return Reads(plan, q.device)(q, k, v, scale)
 
-    Deterministic: rows are merged in the order of the plan. Agrees with `attend_each` to rounding.
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Keys that some queries attend to.
+
+    Attributes:
+        queries: [spans, queries each], numbers of queries.
+        slots: [spans, tokens], where the keys are; or a range, of one span.
+        mask: [spans, 1, 1, tokens], minus infinity where a span is shorter than the longest; None: nowhere.
+        is_causal: query i sees the first i + 1 keys only; one span, as many queries as keys.
     """
-    rows, query_heads, dim = q.shape
-    kv_heads = k.shape[2]
-    scale = 1 / math.sqrt(dim) if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(wide).reshape(rows, kv_heads, query_heads // kv_heads, dim) * scale
-    out = torch.zeros_like(grouped)
-    lse = torch.full(grouped.shape[:-1], -torch.inf, dtype=wide, device=q.device)
-    for spans in _batches(plan):
-        # [spans, rows each]; a batch has one span of many rows, or many of one.
-        at = torch.tensor([span.rows for span in spans], device=q.device)
-        own_out, own_lse = _attend_spans(grouped[at], k, v, spans)
-        at = at.flatten()
-        out[at], lse[at] = merge(out[at], lse[at], own_out.flatten(0, 1), own_lse.flatten(0, 1))
-    return out.reshape(q.shape).to(q.dtype), lse.reshape(rows, query_heads)
+
+    queries: Tensor
+    slots: Tensor | slice
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+
+class Reads:
+    """The attention of one step, prepared once and used by every layer.
+
+    Deterministic: pieces are merged in the order of the plan. Agrees with `attend_each` to rounding.
+
+    Args:
+        plan: what each row attends to: with one query, all of its tokens; with more, those before its queries.
+        device: where queries, keys and values live.
+        own: for rows of more than one query, in order, the slots of the queries' own keys; an empty one for rows
+            of one query. Default: no row has more.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, own: Sequence[Sequence[int]] = ()) -> None:
+        counts = [max(1, len(slots)) for slots in own] if own else [1] * len(plan.lengths)
+        first = [sum(counts[:row]) for row in range(len(counts))]
+        self._device = device
+        self._queries = [range(start, start + count) for start, count in zip(first, counts, strict=True)]
+        self._size = plan.block_tokens
+        self._pieces = [*self._shared(plan), *self._alone(plan), *self._own(own)]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """Attention of one layer; arguments and results as in `attend_each`."""
+        queries, query_heads, dim = q.shape
+        kv_heads = k.shape[2]
+        scale = 1 / math.sqrt(dim) if scale is None else scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grouped = q.reshape(queries, kv_heads, query_heads // kv_heads, dim)
+        out = torch.zeros(grouped.shape, dtype=wide, device=q.device)
+        lse = torch.full(grouped.shape[:-1], -torch.inf, dtype=wide, device=q.device)
+        for piece in self._pieces:
+            own_out, own_lse = _attend(
+                grouped[piece.queries], _read(k, piece.slots), _read(v, piece.slots), piece, scale
+            )
+            at = piece.queries.flatten()
+            out[at], lse[at] = merge(out[at], lse[at], own_out.flatten(0, 1).to(wide), own_lse.flatten(0, 1).to(wide))
+        return out.reshape(q.shape).to(q.dtype), lse.reshape(queries, query_heads)
+
+    def _shared(self, plan: Plan) -> Iterator[_Piece]:
+        """Spans of several rows, one by one."""
+        for span in plan.shared:
+            queries = self._numbers([[query for row in span.rows for query in self._queries[row]]])
+            yield from self._long(span, queries)
+            if rest := self._rest(span):
+                yield _Piece(queries, self._numbers([rest]))
+
+    def _alone(self, plan: Plan) -> Iterator[_Piece]:
+        """Spans of one row: long runs one by one, the rest together, so that padding less than doubles them."""
+        rests: list[tuple[int, int, list[int]]] = []
+        for span in plan.alone:
+            row = span.rows[0]
+            yield from self._long(span, self._numbers([self._queries[row]]))
+            if rest := self._rest(span):
+                rests.append((len(self._queries[row]), row, rest))
+        rests.sort(key=lambda each: (each[0], len(each[2])))
+        for _, group in groupby(rests, key=lambda each: (each[0], len(each[2]).bit_length())):
+            yield self._together([(row, rest) for _, row, rest in group])
+
+    def _together(self, rests: Sequence[tuple[int, list[int]]]) -> _Piece:
+        """The slots of several rows, padded with slots of their own: what was never written may hold anything."""
+        longest = max(len(rest) for _, rest in rests)
+        slots = self._numbers([rest + rest[:1] * (longest - len(rest)) for _, rest in rests])
+        queries = self._numbers([self._queries[row] for row, _ in rests])
+        if all(len(rest) == longest for _, rest in rests):
+            return _Piece(queries, slots)
+        lengths = self._numbers([[len(rest)] for _, rest in rests])
+        is_padding = torch.arange(longest, device=self._device) >= lengths
+        mask = torch.zeros(is_padding.shape, device=self._device).masked_fill_(is_padding, -torch.inf)
+        return _Piece(queries, slots, mask[:, None, None])
+
+    def _own(self, own: Sequence[Sequence[int]]) -> Iterator[_Piece]:
+        """The triangles of rows that read several tokens at once."""
+        for queries, slots in zip(self._queries, own, strict=False):
+            if slots:
+                yield _Piece(self._numbers([queries]), self._numbers([slots]), is_causal=True)
+
+    def _long(self, span: Span, queries: Tensor) -> Iterator[_Piece]:
+        """The long runs of a span, to be read where they lie."""
+        for run in _runs(span, self._size):
+            if len(run) >= _LONG_TOKENS:
+                yield _Piece(queries, slice(run.start, run.stop))
+
+    def _rest(self, span: Span) -> list[int]:
+        """The slots of a span that are in no long run."""
+        return [slot for run in _runs(span, self._size) if len(run) < _LONG_TOKENS for slot in run]
+
+    def _numbers(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
 
 
 def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,47 +189,78 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple
     return merged, both
 
 
-def _batches(plan: Plan) -> Iterator[Sequence[Span]]:
-    """Shared spans one by one; lone ones together, of like lengths, so that padding less than doubles them."""
-    for span in plan.shared:
-        yield (span,)
-    alone = sorted(plan.alone, key=lambda span: span.tokens)
-    for _, spans in groupby(alone, key=lambda span: span.tokens.bit_length()):
-        yield list(spans)
-
-
-def _attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-    """Attention over spans of like lengths, each for its own rows.
+def _attend(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one piece.
 
     Args:
-        q: [spans, rows each, kv_heads, group, dim], scaled.
-        k: [blocks, block_tokens, kv_heads, dim].
+        q: [spans, queries each, kv_heads, group, dim].
+        k: [spans, tokens, kv_heads, dim].
         v: as k.
-        spans: all with the same number of rows.
+        piece: whose mask counts.
+        scale: of the scores.
 
     Returns: partial outputs, shaped as `q`, and their log-sum-exps, without the last dimension.
     """
-    count, rows, kv_heads, group, dim = q.shape
-    longest = max(len(span.blocks) for span in spans)
-    padded = [[*span.blocks, *span.blocks[:1] * (longest - len(span.blocks))] for span in spans]
-    lengths = torch.tensor([span.tokens for span in spans], device=q.device)
-    # [spans, kv_heads, tokens, dim]: one product per span and head serves all rows and the whole group.
-    keys, values = (_gather(each, padded).to(q.dtype).transpose(1, 2) for each in (k, v))
-    queries = q.permute(0, 2, 1, 3, 4).reshape(count, kv_heads, rows * group, dim)
-    scores = queries @ keys.transpose(-1, -2)
-    if any(span.tokens < scores.shape[-1] for span in spans):
-        is_padding = torch.arange(scores.shape[-1], device=q.device) >= lengths[:, None]
-        scores = scores.masked_fill(is_padding[:, None, None], -torch.inf)
-        # A slot that was never written may hold anything, and 0 * NaN is NaN.
-        values = values.masked_fill(is_padding[:, None, :, None], 0)
+    spans, each, kv_heads, group, dim = q.shape
+    # [spans, kv_heads, queries * group, dim]: one product per span and head serves all queries and the whole group.
+    queries = q.permute(0, 2, 1, 3, 4).reshape(spans, kv_heads, each * group, dim)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    mask = piece.mask
+    if piece.is_causal:
+        # Rows of the product are (query, head of the group).
+        sees = torch.arange(each, device=q.device).repeat_interleave(group)
+        is_later = torch.arange(k.shape[1], device=q.device) > sees[:, None]
+        mask = torch.zeros(is_later.shape, device=q.device).masked_fill_(is_later, -torch.inf)[None, None]
+    kernel = _on_cpu if q.device.type == "cpu" else _on_any
+    out, lse = kernel(queries, keys, values, mask, scale)
+    out = out.reshape(spans, kv_heads, each, group, dim).permute(0, 2, 1, 3, 4)
+    return out, lse.reshape(spans, kv_heads, each, group).permute(0, 2, 1, 3)
+
+
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Flash attention as torch's SDPA has it, called directly, since only so does it say the log-sum-exp."""
+    mask = mask if mask is None else mask.to(q.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    return out, lse
+
+
+def _on_any(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain products, float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
     lse = scores.logsumexp(-1)
-    out = scores.sub_(lse.unsqueeze(-1)).exp_() @ values
-    back = out.reshape(count, kv_heads, rows, group, dim).permute(0, 2, 1, 3, 4)
-    return back, lse.reshape(count, kv_heads, rows, group).permute(0, 2, 1, 3)
+    return scores.sub_(lse.unsqueeze(-1)).exp_() @ v.to(wide), lse
 
 
-def _gather(cache: Tensor, blocks: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-    """The tokens of some blocks, float32 or wider. [blocks, block_tokens, ...] -> [..., tokens, heads, dim]."""
-    at = torch.tensor(blocks, dtype=torch.long, device=cache.device)
-    tokens = cache[at].flatten(at.dim() - 1, at.dim())
+def _runs(span: Span, block_tokens: int) -> Iterator[range]:
+    """Slots of a span, those together that follow each other."""
+    blocks, left = span.blocks, span.tokens
+    start = 0
+    for at in range(1, len(blocks) + 1):
+        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
+            tokens = min(left, (at - start) * block_tokens)
+            yield range(blocks[start] * block_tokens, blocks[start] * block_tokens + tokens)
+            left -= tokens
+            start = at
+
+
+def _read(cache: Tensor, slots: Tensor | slice) -> Tensor:
+    """Keys or values of some slots: [blocks, block_tokens, ...] -> [spans, tokens, heads, dim]."""
+    size = cache.shape[1]
+    if cache.stride(0) == cache.stride(1) * size:
+        tokens = cache.view(-1, *cache.shape[2:])
+        if isinstance(slots, slice):
+            return tokens[None, slots]
+        return tokens.index_select(0, slots.flatten()).reshape(*slots.shape, *cache.shape[2:])
+    if isinstance(slots, Tensor):
+        return cache[slots // size, slots % size]
+    blocks = cache[slots.start // size : -(-slots.stop // size)]
+    return blocks.flatten(0, 1)[None, : slots.stop - slots.start]
+
+
+def _gather(cache: Tensor, blocks: Sequence[int]) -> Tensor:
+    """The tokens of some blocks, float32 or wider: [blocks, block_tokens, ...] -> [tokens, heads, dim]."""
+    tokens = cache[torch.tensor(list(blocks), dtype=torch.long, device=cache.device)].flatten(0, 1)
     return tokens.to(torch.promote_types(cache.dtype, torch.float32))

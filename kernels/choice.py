@@ -12,6 +12,7 @@ forced, what counts as what, and why it ended. Knows no model: whoever drives it
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -113,6 +114,17 @@ class Choice:
             self.phase = Phase.OPENING
         else:
             self.phase = Phase.ANSWER
+
+    def fork(self, index: int) -> Choice:
+        """A second choice, numbered `index`, that stands where this one does."""
+        twin = copy.copy(self)
+        twin._index = index
+        twin._opening = self._opening.copy()
+        # What text they hold back is their own; the rest is read only.
+        twin._stream, twin._finder, twin._scanner, twin._tools = copy.deepcopy(
+            (self._stream, self._finder, self._scanner, self._tools)
+        )
+        return twin
 
     @property
     def total(self) -> int:

@@ -6,6 +6,7 @@ free white space is where small models get lost for ever. Schemas are never fetc
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,12 @@ class Constraint:
     def __init__(self, tokenizer: Any, grammar: str) -> None:  # noqa: ANN401 - llguidance has no stubs
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
         self._raise_error()
+
+    def fork(self) -> Constraint:
+        """A second state of the same grammar, where this one is."""
+        twin = copy.copy(self)
+        twin._matcher = self._matcher.deep_copy()
+        return twin
 
     @property
     def is_complete(self) -> bool:

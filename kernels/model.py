@@ -1,96 +1,33 @@
-"""A transformers causal language model: loading, prefill in portions, the KV cache of one sequence.
+"""A transformers causal language model from a folder, and how large its KV cache is.
 
-Owns: tensors in and out of the network. Does not own: sampling, chat templates, scheduling.
+Owns: loading. Does not own: tensors in and out of the network (hf.py), sampling, chat templates, scheduling.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from kernels.errors import ModelUnusable
+from kernels.hf import Network
 from kernels.params import Json
 from kernels.tokens import Tokens
 
+_BLOCK_TOKENS = 16
+# The cache: bytes on the CPU, where pages that are not used take no memory; on a GPU, a part of what is free.
+_KV_BYTES = 2 << 30
+_KV_PART = 0.6
+# More than so many full context windows is of no use.
+_MOST_WINDOWS = 64
+
 # Sampling defaults that a model's generation_config.json may set, as vLLM takes them.
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-class Stopped(Exception):
-    """The caller asked to stop; raised between two portions of work."""
-
-
-class Network:
-    """The network and its KV caches.
-
-    Args:
-        module: a transformers causal language model in evaluation mode.
-        portion: tokens per step of a prefill; between two steps it can be stopped.
-
-    Attributes:
-        vocab: size of the logits.
-        device: where they live.
-    """
-
-    def __init__(self, module: Any, *, portion: int = 512) -> None:  # noqa: ANN401 - no common type in transformers
-        self._module = module
-        self._portion = portion
-        self.vocab: int = module.config.get_text_config().vocab_size
-        self.device: torch.device = module.device
-        self._keeps = "logits_to_keep" in inspect.signature(module.forward).parameters
-
-    def limit_threads(self, threads: int) -> None:
-        """Bound what the calling thread uses of the processor."""
-        if self.device.type == "cpu":
-            torch.set_num_threads(threads)
-
-    def new_cache(self) -> DynamicCache:
-        """An empty cache for one sequence."""
-        return DynamicCache(config=self._module.config)
-
-    def fork(self, cache: DynamicCache) -> DynamicCache:
-        """An independent copy of a cache."""
-        return copy.deepcopy(cache)
-
-    def prefill(self, cache: DynamicCache, ids: Sequence[int], check: Callable[[], None]) -> torch.Tensor:
-        """Read a prompt into the cache.
-
-        Args:
-            cache: empty; extended by `ids`.
-            ids: at least one token.
-            check: called between portions; what it raises ends the prefill.
-
-        Returns: [vocab] float32, logits of the next token.
-        """
-        rows = torch.empty(0)
-        for start in range(0, len(ids), self._portion):
-            check()
-            rows = self.step(cache, ids[start : start + self._portion])
-        return rows[-1]
-
-    def step(self, cache: DynamicCache, ids: Sequence[int], *, every: bool = False) -> torch.Tensor:
-        """Feed tokens after what the cache holds.
-
-        Args:
-            cache: extended by `ids`.
-            ids: at least one token.
-            every: logits after every token, not only after the last.
-
-        Returns: [len(ids) if every else 1, vocab] float32.
-        """
-        keep = {} if every or not self._keeps else {"logits_to_keep": 1}
-        given = torch.tensor([list(ids)], device=self.device)
-        out = self._module(input_ids=given, past_key_values=cache, use_cache=True, **keep)
-        rows: torch.Tensor = out.logits[0]
-        return (rows if every else rows[-1:]).float()
 
 
 @dataclass(slots=True)
@@ -99,7 +36,9 @@ class LanguageModel:
 
     Attributes:
         name: for humans.
-        max_len: context window in tokens.
+        max_len: context window in tokens; the cache holds at least one.
+        kv_blocks: size of the KV cache.
+        block_tokens: tokens per block.
         defaults: sampling values for requests that do not set them.
     """
 
@@ -107,11 +46,18 @@ class LanguageModel:
     tokens: Tokens
     network: Network
     max_len: int
+    kv_blocks: int
+    block_tokens: int = _BLOCK_TOKENS
     defaults: Json = field(default_factory=dict)
 
 
 def load_model(
-    path: str, *, say: Callable[[str], None], device: str = "auto", max_len: int | None = None
+    path: str,
+    *,
+    say: Callable[[str], None],
+    device: str = "auto",
+    max_len: int | None = None,
+    kv_bytes: int | None = None,
 ) -> LanguageModel:
     """Load a Hugging Face folder or id.
 
@@ -119,7 +65,8 @@ def load_model(
         path: a folder, or an id that transformers finds in its cache or on the hub.
         say: takes progress lines.
         device: a torch device, or `auto`: a GPU if there is one.
-        max_len: context window to use; default: the model's own.
+        max_len: context window to use; default: the model's own. A cache that holds less sets the limit.
+        kv_bytes: size of the KV cache; default: 2 GiB, on a GPU 60 % of what is free there.
 
     Raises: ModelUnusable.
     """
@@ -137,14 +84,24 @@ def load_model(
         module = module.to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as exc:
         raise ModelUnusable(f"cannot load {path}: {exc}") from exc
-    model = assemble(module, tokenizer, name=path, max_len=max_len)
+    if kv_bytes is None and module.device.type == "cuda":
+        kv_bytes = int(torch.cuda.mem_get_info(module.device)[0] * _KV_PART)
+    model = assemble(module, tokenizer, name=path, max_len=max_len, kv_bytes=kv_bytes or _KV_BYTES)
     parameters = sum(each.numel() for each in module.parameters())
-    say(f"loaded {parameters / 1e6:.0f}M parameters as {module.dtype}, context {model.max_len} tokens")
+    cache = model.kv_blocks * model.block_tokens
+    say(f"loaded {parameters / 1e6:.0f}M parameters as {module.dtype}, context {model.max_len} tokens of {cache}")
     return model
 
 
-def assemble(module: Any, tokenizer: Any, *, name: str, max_len: int | None = None) -> LanguageModel:  # noqa: ANN401
-    """A LanguageModel from a transformers model and its tokenizer.
+def assemble(
+    module: Any,  # noqa: ANN401 - no common type in transformers
+    tokenizer: Any,  # noqa: ANN401 - as above
+    *,
+    name: str,
+    max_len: int | None = None,
+    kv_bytes: int = _KV_BYTES,
+) -> LanguageModel:
+    """A LanguageModel from a transformers model and its tokenizer; arguments as of `load_model`.
 
     Raises: ModelUnusable.
     """
@@ -155,11 +112,18 @@ def assemble(module: Any, tokenizer: Any, *, name: str, max_len: int | None = No
     chosen = generation.to_diff_dict() if generation is not None else {}
     if (chosen.get("top_k") or 0) <= 0:
         chosen.pop("top_k", None)
-    longest = max_len or getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = int(max_len or getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    network = Network(module)
+    windows = _MOST_WINDOWS * -(-longest // _BLOCK_TOKENS)
+    blocks = min(kv_bytes // (network.token_bytes * _BLOCK_TOKENS), windows)
+    # One block is for the copy of an unfinished one.
+    if blocks < 2:
+        raise ModelUnusable(f"a KV cache of {kv_bytes} bytes holds nothing of {name}")
     return LanguageModel(
         name=name,
         tokens=Tokens(tokenizer, list(dict.fromkeys(i for i in ids if i is not None))),
-        network=Network(module),
-        max_len=int(longest),
+        network=network,
+        max_len=min(longest, (blocks - 1) * _BLOCK_TOKENS),
+        kv_blocks=blocks,
         defaults={key: chosen[key] for key in _DEFAULTS if chosen.get(key) is not None},
     )

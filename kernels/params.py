@@ -80,7 +80,11 @@ class ThinkingRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What chat and completion requests have in common."""
+    """What chat and completion requests have in common.
+
+    Attributes:
+        cache_salt: prompts are kept and reused only among requests of the same salt.
+    """
 
     request_id: str
     stopping: Stopping
@@ -89,6 +93,7 @@ class Options:
     n: int = 1
     priority: int = 0
     skip_special_tokens: bool = True
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,11 +226,16 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The last event of a request that ran to its end."""
+    """The last event of a request that ran to its end.
+
+    Attributes:
+        cached_tokens: part of `prompt_tokens` that did not have to be read.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ distribution, before anything here touched it. Every function takes and returns 
 
 from __future__ import annotations
 
+import copy
 import secrets
 from typing import TYPE_CHECKING
 
@@ -78,8 +79,8 @@ class Sampler:
         self, sampling: Sampling, prompt: Iterable[int], *, vocab: int, device: torch.device, offset: int
     ) -> None:
         self._sampling = sampling
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed + offset
-        self._generator = torch.Generator(device=device).manual_seed(seed % 2**63)
+        self._device = device
+        self._seed(offset)
         self._penalises = bool(
             sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
         )
@@ -92,6 +93,14 @@ class Sampler:
         if bias:
             ids = torch.tensor(list(bias), dtype=torch.long, device=device)
             self._bias = ids, torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+
+    def fork(self, offset: int) -> Sampler:
+        """A second sampler that has counted the same tokens and draws others, from seed + `offset`."""
+        twin = copy.copy(self)
+        twin._seed(offset)
+        if self._penalises:
+            twin._counts = self._counts.clone()
+        return twin
 
     def note(self, token_ids: Iterable[int]) -> None:
         """Count tokens that were put out, sampled or forced."""
@@ -120,6 +129,10 @@ class Sampler:
         if self._sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         return self._draw(logits / self._sampling.temperature)
+
+    def _seed(self, offset: int) -> None:
+        seed = secrets.randbits(63) if self._sampling.seed is None else self._sampling.seed + offset
+        self._generator = torch.Generator(device=self._device).manual_seed(seed % 2**63)
 
     def _draw(self, logits: Tensor) -> int:
         sampling = self._sampling

@@ -75,7 +75,7 @@ def upstream_fields(
         kwargs = switches.encoded(mode, raw.get("chat_template_kwargs"))
         if kwargs is not None:
             fields["chat_template_kwargs"] = kwargs
-    if salt is not None and kind == "vllm":
+    if salt is not None and kind in {"vllm", "embedded"}:
         fields["cache_salt"] = Raw(b'"%b"' % salt.encode())
     return fields
 

@@ -1,8 +1,8 @@
 """The backend in this process: a small engine on a thread of its own, behind the port.
 
 Owns: the way between the event loop and the engine's thread, and the translation of the engine's errors.
-torch is imported when the model is loaded, not before. The engine runs one request at a time and queues
-the rest by priority.
+torch is imported when the model is loaded, not before. The engine reads all requests together and queues
+by priority those that its cache does not hold.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class EmbeddedBackend:
         path: a Hugging Face folder or id.
         thinking: the model's markers and whether it thinks by itself, for the probe.
         on_progress: takes a line per step of loading, on another thread.
-        max_waiting: requests that may wait for the one that runs.
+        max_waiting: requests that may wait for those that run.
         device: a torch device; `auto` takes a GPU if there is one.
         max_model_len: context window in tokens; None for the model's own.
         engine: a ready engine; then `path` is only a name.
@@ -158,11 +158,8 @@ class EmbeddedBackend:
         request = await asyncio.to_thread(self._compose, self._loaded(), partial(read_call, unopened))
         return list(request.prompts[0].token_ids)
 
-    async def marker_ids(self, text: str) -> list[int]:
-        """The ids of a marker, wrap-up or another short text of the configuration, with no special token added.
-
-        Raises: Overloaded.
-        """
+    async def encode(self, text: str) -> list[int]:
+        """See the port."""
         return list(self._loaded().model.tokens.marker(text).ids)
 
     async def _stream(
@@ -230,7 +227,7 @@ class EmbeddedBackend:
             detail={
                 "cap_binds": f"{thought} thinking tokens under a cap of {PROBE_CAP}",
                 "tools": "a required call came back" if calls else "no call came back",
-                "cached_tokens": "always 0: no prefix cache",
+                "cached_tokens": "counted in full blocks of the prefix cache",
             },
         )
 

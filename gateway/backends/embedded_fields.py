@@ -112,6 +112,7 @@ class _Common(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     response_format: _JsonObject | None = None
     structured_outputs: _StructuredOutputs | None = None
+    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
 
 
 class _Function(msgspec.Struct):
@@ -255,6 +256,7 @@ def _options(call: Call, fields: _Common, defaults: Mapping[str, Any], logprobs:
         n=call.n,
         priority=call.priority,
         skip_special_tokens=fields.skip_special_tokens is not False,
+        cache_salt=fields.cache_salt,
         sampling=Sampling(**{**defaults, **asked, "logprobs": logprobs}),
         stopping=Stopping(
             max_tokens=call.max_tokens,

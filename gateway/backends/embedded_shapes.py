@@ -81,7 +81,7 @@ class DeltaShaper:
         usage = Usage(
             prompt_tokens=finished.prompt_tokens,
             completion_tokens=finished.completion_tokens,
-            cached_tokens=0,
+            cached_tokens=finished.cached_tokens,
             reasoning_tokens=finished.reasoning_tokens,
         )
         return Delta(usage=usage)
@@ -128,7 +128,8 @@ class SegmentShaper:
     def last(self, finished: Finished) -> Delta:
         """The end of the segment."""
         prompt, completion = finished.prompt_tokens, finished.completion_tokens
-        return Delta(usage=Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=0))
+        cached = finished.cached_tokens
+        return Delta(usage=Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=cached))
 
 
 def _chat_logprobs(output: Output, bytes_of: Callable[[int], bytes]) -> dict[str, Any]:

@@ -125,18 +125,25 @@ class HttpBackend:
 
     async def tokenize(self, call: Call) -> list[int]:
         """See the port."""
+        tokens = await self._tokens(tokenize_body(call), call.trace_headers)
+        if not tokens:
+            raise UpstreamError("The backend rendered a chat as no token at all.")
+        return tokens
+
+    async def encode(self, text: str) -> list[int]:
+        """See the port."""
+        fields = {"model": self.upstream_model, "prompt": text, "add_special_tokens": False}
+        return await self._tokens(msgspec.json.encode(fields), ())
+
+    async def _tokens(self, body: bytes, trace: TraceHeaders) -> list[int]:
         try:
-            answer = await self._whole("/tokenize", tokenize_body(call), call.trace_headers)
-            tokens = _tokens_decoder.decode(answer).tokens
+            return _tokens_decoder.decode(await self._whole("/tokenize", body, trace)).tokens
         except UpstreamRejected as exc:
             if exc.upstream_status in {404, 405}:  # not the client's fault: it did so when it was probed
                 raise UpstreamError("The backend does not render chats as token ids any more.") from exc
             raise
         except msgspec.DecodeError as exc:
             raise UpstreamError("The backend answered /tokenize with something else than token ids.") from exc
-        if not tokens:
-            raise UpstreamError("The backend rendered a chat as no token at all.")
-        return tokens
 
     async def _whole(self, path: str, body: bytes, trace: TraceHeaders) -> bytes:
         connection = await self.pool.send(path, body, extra_headers=trace)

@@ -235,6 +235,12 @@ class Backend(Protocol):
         Raises: UpstreamRejected, UpstreamError, InvalidRequest.
         """
 
+    async def encode(self, text: str) -> list[int]:
+        """A text as token ids, with no special token added; markers in it are those of the model.
+
+        Raises: UpstreamRejected, UpstreamError, Overloaded.
+        """
+
     def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
         """Sample on from `segment.prompt`: plain deltas of choice 0 with text, ids, logprobs in chat shape.
 

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from budget.chain import TRIAL_TOKENS, Chain, ChainRules, Forcing, Step
-from budget.envelope import chain_bounds, thinking_is_over
-from gateway.backends.events import FINISH_REASONS, TAIL_TOKENS
+from budget.chain import TRIAL_TOKENS, Chain, ChainRules, Forcing
+from budget.chain_step import Step
+from budget.envelope import thinking_is_over
+from gateway.backends.events import FINISH_REASONS
 from gateway.backends.markers import AnswerFilter, MarkerSplitter
 from gateway.backends.port import Capabilities, Delta, Kind, Usage
 from gateway.backends.segments import WAIT, SegmentFields, tool_plan
 from gateway.backends.tool_calls import OPENING
-from gateway.errors import InvalidRequest, UpstreamError
+from gateway.errors import UpstreamError
+from gateway.modes.chain_bounds import chain_rules, prompt_tail
 from gateway.modes.choice import Choice, TakeOver
 from gateway.modes.merge import merged
 
@@ -65,8 +67,15 @@ class Chains:
         self._prompt = await self._backend.tokenize(self._call)
         # Where no thinking comes first, or the backend has taken the call already, mistakes show by themselves.
         trial = None if lost or self._call.thinking.cap == 0 else self._trial()
-        is_open, has_closed = self._tail()
-        self._rules = self._bounds(aside=self._run.spent_before + (TRIAL_TOKENS if trial else 0), has_closed=has_closed)
+        is_open, has_closed = prompt_tail(self._run, self._found, self._prompt)
+        self._rules, self._is_shared = chain_rules(
+            self._run,
+            self._found,
+            max(len(self._prompt), self._run.tally.prompt),  # a draft's may have been longer: it counts once
+            aside=self._run.spent_before + (0 if trial is None else TRIAL_TOKENS),
+            has_closed=has_closed,
+            finds_calls=self._plan.how == "auto",
+        )
         if trial is not None:
             await self._try_answer(trial)
         streams = []
@@ -291,64 +300,6 @@ class Chains:
         if chain.output() >= self._rules.total:
             return "envelope.tokens" if self._is_shared else None
         return None if self._rules.purse is None else "envelope.usd"
-
-    def _bounds(self, *, aside: int, has_closed: bool) -> ChainRules:
-        """What bounds each chain, `aside` tokens being spent besides; after a closed one nothing is forced.
-
-        Raises: InvalidRequest when the window, the envelope or `max_tokens` has no room.
-        """
-        run, thinking = self._run, self._call.thinking
-        prompt = max(len(self._prompt), run.tally.prompt)  # a draft's may have been longer: it counts once
-        total, window = self._call.max_tokens, self._found.max_model_len
-        least = 0 if has_closed else self._forcing.ending()  # of a chain that ends as soon as it begins
-        forced = self._forcing.overhead() if thinking.cap != 0 and not has_closed else least
-        if window is not None and window - prompt < total:
-            total = window - prompt
-            if total <= forced:
-                raise InvalidRequest(
-                    f"The prompt has {prompt} tokens: the model's window of {window} has no room for an answer.",
-                    param="messages",
-                    code="context_length_exceeded",
-                )
-        if total <= forced:
-            raise InvalidRequest(
-                f"`max_tokens` must be above {forced}: so many tokens keep this model from thinking.",
-                param="max_tokens",
-            )
-        most = total
-        total, purse = chain_bounds(
-            run.envelope, run.model.prices, prompt=prompt, choices=run.choices, total=most, aside=aside
-        )
-        self._is_shared = total < most
-        if total <= least or (purse is not None and purse.femto_usd <= least * purse.answer):
-            raise InvalidRequest(
-                f"`thinkgate.envelope` has no room for an answer to a prompt of {prompt} tokens.",
-                param="thinkgate.envelope",
-                code="envelope_too_small",
-            )
-        opener = self._found.tool_opener if self._plan.how == "auto" else None
-        return ChainRules(
-            cap=thinking.cap if thinking.cap is not None else total,
-            total=total,
-            answer_floor=thinking.answer_floor,
-            min_thinking=thinking.min_tokens,
-            answer_openers=frozenset() if opener is None else frozenset({opener}),
-            purse=purse,
-        )
-
-    def _tail(self) -> tuple[bool, bool]:
-        """Whether the prompt leaves the thinking open, or ends with a closed chain."""
-        forcing = self._forcing
-        if self._call.thinking.cap == 0 and (self._found.instant_is_quiet or not self._run.model.thinking.native):
-            return False, True  # nothing has to be forced: its template, or the model, does not think
-        if forcing.end_id is None:
-            if self._call.thinking.enabled:
-                return self._found.template_opens, False
-            return tuple(self._prompt[-len(forcing.opening) :]) == forcing.opening, False
-        for token_id in reversed(self._prompt[-TAIL_TOKENS:]):
-            if token_id in (forcing.start_id, forcing.end_id):
-                return token_id == forcing.start_id, token_id == forcing.end_id
-        return False, False
 
     def _time_is_up(self, choice: Choice) -> bool:
         """Whether the thinking must end now, so that an answer still fits into the envelope's seconds."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from budget.chain import Chain, Step
+    from budget.chain import Chain
+    from budget.chain_step import Step
     from gateway.backends.markers import AnswerFilter, MarkerSplitter
     from gateway.backends.port import Delta
     from gateway.backends.tool_text import ToolReader

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from budget.errors import EnvelopeSpent
-from gateway.backends.port import Call, Delta, Kind, Thinking
+from gateway.backends.port import Delta, Kind
 from gateway.errors import GatewayError
-from gateway.modes.soft import LEAST_EFFORT
+from gateway.modes.aside import instant_call, is_spent
 
 if TYPE_CHECKING:
     from gateway.ask.request import Summary
+    from gateway.backends.port import Call
     from gateway.edge.extension import SummaryReport
     from gateway.modes.flow import Batches, Run
 
@@ -132,7 +132,7 @@ class Summaries:
                             yield [Delta(index=index, kind=Kind.THINKING, text=text)]
                         if aside.output() > call.max_tokens:
                             break
-                        if self._is_spent():
+                        if is_spent(run):
                             return
         except GatewayError as exc:
             extra = {"request_id": call.request_id, "backend": run.slot.config.id, "reason": exc.message}
@@ -142,31 +142,9 @@ class Summaries:
 
     def _call(self, thoughts: str) -> Call:
         """The call that summarises: one message in instant mode, with nothing of the client's own."""
-        run = self._run
-        asked, slot = run.call, run.slot
         quoted = thoughts.replace(CLOSING, "")  # nothing in the thoughts can end them
         content = f"{INSTRUCTION.format(words=MOST_WORDS[self._length])}\n\n{OPENING}\n{quoted}\n{CLOSING}"
-        fields = {"messages": _raw([{"role": "user", "content": content}]), "temperature": _raw(0)}
-        switches = run.model.switches.encoded("instant", None)
-        if switches is not None:
-            fields["chat_template_kwargs"] = switches
-        if slot is not None and slot.capabilities is not None and slot.capabilities.takes_effort:
-            fields["reasoning_effort"] = _raw(LEAST_EFFORT)  # such a server has no switch to not think at all
-        for name in ("max_completion_tokens", "cache_salt"):  # the first for its name, the backend sets it
-            if name in asked.fields:
-                fields[name] = asked.fields[name]
-        marks = asked.thinking
-        return Call(
-            surface="chat",
-            request_id=asked.request_id,
-            model=asked.model,
-            fields=fields,
-            thinking=Thinking(enabled=False, cap=0, start=marks.start, end=marks.end, native=marks.native),
-            max_tokens=MOST_TOKENS[self._length],
-            priority=asked.priority,
-            is_live=asked.is_live,
-            trace_headers=asked.trace_headers,
-        )
+        return instant_call(self._run.call, self._run.model, self._run.slot, content, MOST_TOKENS[self._length])
 
     def _has_room(self, index: int) -> bool:
         """Whether the envelope has room for a summary beside the least answer of every choice still to finish."""
@@ -176,17 +154,7 @@ class Summaries:
         prompt, output = most_used(self._length, run.tally.thinking_by_choice.get(index, 0))
         output += run.call.thinking.answer_floor * (run.choices - len(run.finished))
         nano_usd = run.model.prices.ceiling_nano_usd(prompt=prompt, thinking=0, answer=output)
-        return not self._is_spent(tokens=prompt + output, nano_usd=nano_usd)
-
-    def _is_spent(self, *, tokens: int = 0, nano_usd: int = 0) -> bool:
-        """Whether the envelope is spent by what was used, and so much on top."""
-        run = self._run
-        used = run.used()
-        try:
-            run.envelope.check(tokens=used.tokens + tokens, nano_usd=used.nano_usd + nano_usd, now_s=run.clock())
-        except EnvelopeSpent:
-            return True
-        return False
+        return not is_spent(run, tokens=prompt + output, nano_usd=nano_usd)
 
 
 def _is_thought(delta: Delta) -> bool:
@@ -234,7 +202,3 @@ def _with_role_alone(wire: bytes) -> bytes:
     choice["logprobs"] = None
     choice.pop("token_ids", None)
     return msgspec.json.encode(chunk)
-
-
-def _raw(value: object) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(value))

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budget.chain import MAX_WAITS, Chain, ChainRules, Forcing, Purse, Step
+from budget.chain import Chain, ChainRules, Forcing, Purse
+from budget.chain_step import Step
+from budget.stopping import MOST_WAITS
 
 OPEN, END, EOS, CALL = 15, 16, 2, 40
 PROMPT = [1, 5, 6]
@@ -98,10 +100,10 @@ def test_thinking_that_ends_too_early_is_made_to_wait() -> None:
 def test_waiting_has_an_end() -> None:
     """A model that closes its thinking at once, however often it is told to wait, gets to answer."""
     chain, _ = begun(ChainRules(cap=100, total=500, min_thinking=50))
-    for _ in range(MAX_WAITS + 1):
+    for _ in range(MOST_WAITS + 1):
         assert chain.phase == "thinking"
         chain.feed([END], "stop", END)
-    assert (chain.phase, chain.waits) == ("answer", MAX_WAITS)
+    assert (chain.phase, chain.waits) == ("answer", MOST_WAITS)
 
 
 def test_a_tool_call_begun_in_the_thinking_ends_it() -> None:

@@ -45,3 +45,10 @@ def test_a_bound_of_zero_is_a_bound() -> None:
     """Zero is spent at once, and not taken for no bound."""
     with pytest.raises(EnvelopeSpent):
         Envelope(tokens=0).check(tokens=0, nano_usd=0, now_s=0.0)
+
+
+def test_what_was_spent_already_makes_an_envelope_smaller() -> None:
+    """Bounds shrink by what was spent, to nothing at most; where there is none there stays none."""
+    envelope = Envelope(tokens=10, deadline_s=5.0)
+    assert envelope.less(tokens=4, nano_usd=7) == Envelope(tokens=6, deadline_s=5.0)
+    assert Envelope(tokens=3, nano_usd=9).less(tokens=4, nano_usd=2) == Envelope(tokens=0, nano_usd=7)

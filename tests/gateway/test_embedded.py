@@ -45,9 +45,9 @@ def call(surface="chat", *, thinking=OFF, max_tokens=24, n=1, priority=0, wants_
 class Served:
     """A backend over a tiny model."""
 
-    def __init__(self, model, max_waiting=4, thinking=OFF):
+    def __init__(self, model, max_waiting=4, max_running=8, thinking=OFF):
         self.model = model
-        self.engine = Engine(model, max_waiting=max_waiting)
+        self.engine = Engine(model, max_waiting=max_waiting, max_running=max_running)
         self.backend = EmbeddedBackend(id="e", path="tiny", engine=self.engine, thinking=thinking)
 
     async def all(self, asked):
@@ -98,7 +98,7 @@ def saying(serve):
 def endless(serve):
     """A backend whose model never ends."""
     tokenizer = tiny_tokenizer()
-    return serve(scripted(tokenizer, lambda so_far: tokenizer.encode("a")[0]), max_waiting=1)
+    return serve(scripted(tokenizer, lambda so_far: tokenizer.encode("a")[0]), max_waiting=1, max_running=1)
 
 
 def text(deltas, kind=Kind.ANSWER, index=0):
@@ -350,7 +350,7 @@ async def test_a_model_that_cannot_be_loaded_is_down():
 async def test_a_folder_is_loaded_once_with_progress(tmp_path):
     """A model folder is loaded on the first probe, told line by line, and not a second time."""
     tokenizer = tiny_tokenizer()
-    tiny_llama(tokenizer).network._module.save_pretrained(tmp_path)
+    tiny_llama(tokenizer).network.module.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     said: list[str] = []
     backend = EmbeddedBackend(id="e", path=str(tmp_path), on_progress=said.append, device="cpu")

@@ -69,6 +69,7 @@ def test_everything_the_engine_honours_reaches_it():
             ignore_eos=True,
             min_tokens=2,
             skip_special_tokens=False,
+            cache_salt="ours",
             logprobs=True,
             top_logprobs=2,
         ),
@@ -90,6 +91,7 @@ def test_everything_the_engine_honours_reaches_it():
         max_tokens=9, min_tokens=2, ignore_eos=True, strings=("x",), token_ids=frozenset({3}), include=True
     )
     assert (options.n, options.priority, options.skip_special_tokens) == (2, -3, False)
+    assert options.cache_salt == "ours"
     assert options.thinking == ThinkingRules(enabled=True, cap=7, start="<a>", end="</a>", wrap_up="w", native=False)
 
 

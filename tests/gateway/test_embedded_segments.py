@@ -237,7 +237,7 @@ async def test_tokenising_opens_no_chain(saying):
     asked = call(thinking=Thinking(enabled=True, cap=5, native=False), wants_token_ids=True)
     prompt = await served.backend.tokenize(asked)
     first, *_ = await served.all(asked)
-    assert [*prompt, *await served.backend.marker_ids(f"{START}\n")] == first.prompt_token_ids
+    assert [*prompt, *await served.backend.encode(f"{START}\n")] == first.prompt_token_ids
 
 
 async def test_tokenising_refuses_what_generate_would(saying):
@@ -256,10 +256,10 @@ async def test_tokenising_refuses_what_generate_would(saying):
 async def test_markers_have_ids(saying):
     """A text becomes its own tokens and no others, and no text none."""
     served = saying("x")
-    assert await served.backend.marker_ids(END) == served.ids(END)
-    assert len(await served.backend.marker_ids(END)) == 1
-    assert await served.backend.marker_ids("\nWait") == served.ids("\nWait")
-    assert await served.backend.marker_ids("") == []
+    assert await served.backend.encode(END) == served.ids(END)
+    assert len(await served.backend.encode(END)) == 1
+    assert await served.backend.encode("\nWait") == served.ids("\nWait")
+    assert await served.backend.encode("") == []
 
 
 @pytest.mark.parametrize("single", [True, False])
@@ -328,7 +328,7 @@ async def test_a_backend_that_is_not_loaded_is_overloaded():
     with pytest.raises(Overloaded):
         await backend.tokenize(call(messages=HI))
     with pytest.raises(Overloaded):
-        await backend.marker_ids(END)
+        await backend.encode(END)
     with pytest.raises(Overloaded):
         await anext(backend.extend(call(), segment([3])))
     await backend.close()

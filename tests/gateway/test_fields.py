@@ -208,3 +208,10 @@ def test_more_choices_are_refused_by_the_field_that_asks(n: int, prompts: int, p
     with pytest.raises(InvalidRequest, match="at most 8 choices") as refused:
         check_choices(n, prompts, 8)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(("kind", "gets"), [("vllm", True), ("embedded", True), ("openai", False)])
+def test_the_tenants_salt_goes_where_a_cache_is_kept_apart_by_it(kind: str, gets: bool) -> None:
+    """A vLLM and the embedded engine are told whose prompt it is; other servers do not know the field."""
+    upstream = upstream_fields({"prompt": Raw(b'"hi"')}, Switches(THINKING), kind=kind, mode="instant", salt="ab12")
+    assert upstream.get("cache_salt") == (Raw(b'"ab12"') if gets else None)

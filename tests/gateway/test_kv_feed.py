@@ -164,19 +164,18 @@ async def test_without_a_replay_a_hole_costs_trust_at_once(tmp_path: Path) -> No
 
 async def test_a_restarted_server_has_nothing_and_is_followed_again(tmp_path: Path) -> None:
     """While a server is away nothing is asked; the one that answers next begins with an empty index."""
-    async with publishing(tmp_path) as publisher:
-        async with following(publisher.config) as index:
-            await publisher.subscribed()
+    async with publishing(tmp_path) as publisher, following(publisher.config) as index:
+        await publisher.subscribed()
+        await until(lambda: index.is_live)
+        await publisher.publish(batch(stored([1])))
+        await until(lambda: len(index.exact) == 1)
+        publisher.close()
+        await until(lambda: not index.is_live)
+        async with publishing(tmp_path) as other:
+            await other.publish(batch(stored([7]), ts=7.0))
             await until(lambda: index.is_live)
-            await publisher.publish(batch(stored([1])))
-            await until(lambda: len(index.exact) == 1)
-            publisher.close()
-            await until(lambda: not index.is_live)
-            async with publishing(tmp_path) as other:
-                await other.publish(batch(stored([7]), ts=7.0))
-                await until(lambda: index.is_live)
-                assert [index.exact.overlap(chain(block)) for block in (1, 7)] == [0, 1]
-                assert (index.is_believed, index.counts["restarts"]) == (True, 1)
+            assert [index.exact.overlap(chain(block)) for block in (1, 7)] == [0, 1]
+            assert (index.is_believed, index.counts["restarts"]) == (True, 1)
 
 
 async def test_the_same_server_after_a_lost_connection_keeps_its_index(tmp_path: Path) -> None:

@@ -216,3 +216,22 @@ def test_asking_does_not_change_the_counts(times: int) -> None:
     """Reports while streaming ask again and again."""
     counted = tally(Delta(thinking=3), Delta(answer=5), usage(5, 11))
     assert len({repr(counted.counts()) for _ in range(times)}) == 1
+
+
+def test_a_call_to_another_model_costs_what_that_model_costs() -> None:
+    """Planner tokens are priced by direction, at the prices of the model that planned."""
+    own = PriceTable.from_usd_per_mtok(prompt=1, answer=2, cached=0.5, thinking=4)
+    other = PriceTable.from_usd_per_mtok(prompt=10, answer=30, cached=5)
+    tally = Tally(own)
+    tally.add(Delta(thinking=100, answer=50, token_ids=[1], prompt_tokens=10))
+    for prices, prompt, cached, answer in ((other, 40, 20, 7), (None, 30, 10, 5)):
+        aside = tally.begin_aside(most_prompt=100, most_output=100, prices=prices)
+        aside.add(Delta(answer=answer, token_ids=[1] * answer))
+        aside.add(Delta(usage=Usage(prompt_tokens=prompt, completion_tokens=answer, cached_tokens=cached)))
+    counts = tally.counts()
+    assert counts.planner == 40 + 7 + 30 + 5
+    own_nano = 10 * 1000 + 100 * 4000 + 50 * 2000 + 20 * 1000 + 10 * 500 + 5 * 2000
+    planner_nano = 20 * 10_000 + 20 * 5_000 + 7 * 30_000
+    assert tally.amounts(counts).nano_usd == own_nano + planner_nano
+    aside_nano = planner_nano + 20 * 1000 + 10 * 500 + 5 * 2000
+    assert (tally.aside_amounts().tokens, tally.aside_amounts().nano_usd) == (82, aside_nano)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.attention import attend_each, attend_tree, merge
+from kernels import attention
+from kernels.attention import Reads, attend_each, attend_tree, merge
 from kernels.plan import make_plan
 from kernels.trie import Branch, Trie
 
@@ -99,6 +100,36 @@ def test_both_ways_are_dense_attention(steps, heads, dim, dtype, share_from):
         for found, wanted in zip(way, expected, strict=True):
             assert found.dtype == dtype
             assert (found.double() - wanted).abs().max() <= ERROR[dtype]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=STEPS,
+    heads=HEADS,
+    counts=st.lists(st.integers(1, 9), min_size=6, max_size=6),
+    long_tokens=st.sampled_from([4, 12, 1000]),
+    share_from=st.sampled_from([1, 9, 1000]),
+)
+def test_rows_may_read_several_tokens_at_once(steps, heads, counts, long_tokens, share_from):
+    """Rows of one and of several queries in one batch see what the definition lets each query see, and no more."""
+    forest = Forest(steps, heads=heads)
+    rows = list(zip(forest.tables, forest.lengths, counts, strict=False))
+    counts = [min(count, length) for _, length, count in rows]
+    q = torch.randn(sum(counts), heads[0], 8)
+    own = [
+        [table[at // SIZE] * SIZE + at % SIZE for at in range(length - count, length)] if count > 1 else []
+        for (table, length, _), count in zip(rows, counts, strict=True)
+    ]
+    lengths = [length - len(slots) for length, slots in zip(forest.lengths, own, strict=True)]
+    plan = make_plan(forest.tables, lengths, block_tokens=SIZE, share_from=share_from)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "_LONG_TOKENS", long_tokens)
+        found = Reads(plan, q.device, own)(q, forest.k, forest.v)
+        patched.setattr(attention, "_on_cpu", attention._on_any)
+        plain = Reads(plan, q.device, own)(q, forest.k, forest.v)
+    wanted = attend_each(q, forest.k, forest.v, forest.tables, forest.lengths, counts=counts)
+    for way in (found, plain):
+        assert all((a - b).abs().max() <= 1e-5 for a, b in zip(way, wanted, strict=True))
 
 
 @settings(max_examples=15, deadline=None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kernels.engine import Engine
-from kernels.errors import EngineClosed, GenerationFailed, ModelUnusable, QueueFull
+from kernels.errors import EngineClosed, GenerationFailed, ModelUnusable, QueueFull, RequestRefused
 from kernels.model import load_model
 from kernels.params import CompletionInput, Finished, Options, Output, Stopping
 from tests.kernels.tiny import scripted, tiny_llama, tiny_tokenizer
@@ -53,7 +53,7 @@ def model():
 
 @pytest.fixture
 def engine(model):
-    engine = Engine(model, max_waiting=2)
+    engine = Engine(model, max_waiting=2, max_running=1)
     yield engine
     if model.network.gate is not None:
         model.network.gate.release(1000)
@@ -160,6 +160,52 @@ def test_cancelling_during_the_prefill_stops_before_the_first_token(engine, gate
     assert running.heard.empty()
 
 
+def test_requests_are_read_together(model):
+    """Requests that run at once take one step for a token of each."""
+    engine = Engine(model)
+    model.network.gate = threading.Semaphore(0)
+    callers = [Caller(engine).ask(max_tokens=8) for _ in range(4)]
+    reached(model)
+    model.network.gate.release(9)  # the first may have been alone in the first step
+    assert [isinstance(caller.all()[-1], Finished) for caller in callers] == [True] * 4
+    assert engine.wait_until_idle(WAIT_S)
+    assert engine.stats.steps <= 9
+    assert engine.stats.read == sum(model.network.fed)
+    engine.close()
+
+
+def test_choices_are_forked_and_pruned_through_the_ticket(engine, gate, model):
+    """A fork answers under its own number, a pruned choice falls silent, and both are over with the request."""
+    caller = Caller(engine).ask(max_tokens=4)
+    reached(model)
+    assert caller.ticket.fork(0) == 1
+    assert caller.ticket.fork(0) == 2
+    caller.ticket.prune(2)
+    gate.release(1000)
+    *outputs, last = caller.all()
+    texts = ["".join(out.text for out in outputs if out.index == index) for index in range(3)]
+    assert (texts[0][-3:], texts[1][-3:], texts[2]) == ("bca", "bca", "")
+    assert isinstance(last, Finished)
+    with pytest.raises(RequestRefused, match="over"):
+        caller.ticket.fork(0)
+    caller.ticket.prune(0)
+    with pytest.raises(RequestRefused, match="no choice 7"):
+        caller.ticket.prune(7)
+
+
+def test_a_fork_of_a_choice_that_has_ended_ends_at_once(engine, gate, model):
+    """Whoever asks too late hears so under the number that was promised."""
+    caller = Caller(engine).ask(max_tokens=3)
+    reached(model)
+    assert caller.ticket.fork(0) == 1
+    caller.ticket.prune(0)
+    assert caller.ticket.fork(0) == 2
+    gate.release(1000)
+    outputs = caller.all()[:-1]
+    late = [out for out in outputs if out.index == 2]
+    assert [(out.tokens, out.finish_reason) for out in late] == [([], "stop")]
+
+
 def test_a_failing_request_does_not_take_the_engine_along(engine, model, caplog):
     """What one request breaks is its own error, and the next request is served."""
     good = model.network._reply
@@ -204,7 +250,7 @@ def test_a_folder_is_loaded_and_served(tmp_path):
     """A model folder on disk loads with its defaults and its own context window, and answers."""
     tokenizer = tiny_tokenizer()
     made = tiny_llama(tokenizer, max_len=128)
-    module = made.network._module
+    module = made.network.module
     module.generation_config.temperature = 0.25
     module.generation_config.top_k = 7
     module.generation_config.do_sample = True

@@ -1,7 +1,11 @@
-"""The trie of KV blocks, played in any order against plain lists and a memory that remembers what was written."""
+"""The trie of KV blocks, played in any order against plain lists and a memory that remembers what was written.
+
+THINKGATE_STEPS=10000 plays so many steps instead of two thousand.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +17,10 @@ from kernels.errors import PoolExhausted
 from kernels.trie import Branch, Trie
 
 BLOCKS, SIZE = 12, 2
+RUN_STEPS = 40
+STEPS = int(os.environ.get("THINKGATE_STEPS", "0")) or 2000
 IDS = st.lists(st.integers(0, 1), max_size=5)
+pytestmark = pytest.mark.timeout(60 + STEPS // 20)
 PICK = st.integers(0, 99)
 Prefix = tuple[object, tuple[int, ...]]  # a space, and tokens in full blocks
 
@@ -221,7 +228,7 @@ def nodes_below(node):
 
 
 TestPlay = Play.TestCase
-TestPlay.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestPlay.settings = settings(max_examples=max(1, STEPS // RUN_STEPS), stateful_step_count=RUN_STEPS, deadline=None)
 
 
 def written(trie, ids, **space):

@@ -5,6 +5,7 @@ The tokenizer is byte-level, so every text has tokens and a character may take s
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 
@@ -12,8 +13,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kernels.batch import Batch, Feed
 from kernels.model import LanguageModel, assemble
 from kernels.tokens import Tokens
+from kernels.trie import Copy
 
 # Two threads on tensors this small only wait for each other.
 torch.set_num_threads(1)
@@ -68,6 +71,19 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, *, max_len: int = 1024) -> La
     return assemble(LlamaForCausalLM(config).eval(), tokenizer, name="tiny")
 
 
+def oracle(model: LanguageModel) -> Callable[[Sequence[int]], torch.Tensor]:
+    """The logits after every token of a text that the same weights read at once, by transformers' own attention."""
+    module = copy.deepcopy(model.network.module)
+    module.set_attn_implementation("eager")
+
+    def read(token_ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            rows: torch.Tensor = module(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0].float()
+        return rows
+
+    return read
+
+
 class ScriptedNetwork:
     """A network that puts one token above all others, chosen by a function of what came after the prompt.
 
@@ -76,7 +92,7 @@ class ScriptedNetwork:
         reply: from the ids after the prompt to the next one.
 
     Attributes:
-        fed: lengths of the portions it was given, in order.
+        fed: lengths of the portions it was given, in order; those of one step by sequence.
         gate: if set, every step waits for a permit, so that a test decides when tokens come.
         at_gate: a permit for every step that has arrived at the gate.
     """
@@ -92,26 +108,23 @@ class ScriptedNetwork:
     def limit_threads(self, threads: int) -> None:
         pass
 
-    def new_cache(self) -> list[int]:
-        return []
+    def new_pool(self, blocks: int, block_tokens: int) -> ScriptedPool:
+        return ScriptedPool(block_tokens)
 
-    def fork(self, cache: list[int]) -> list[int]:
-        return list(cache)
-
-    def prefill(self, cache: list[int], ids: Sequence[int], check: Callable[[], None]) -> torch.Tensor:
-        check()
-        self.fed.append(len(ids))
+    def read(self, pool: ScriptedPool, batch: Batch) -> list[torch.Tensor]:
+        """What the real one does, with the tokens themselves for keys and values."""
+        self.fed += [len(feed.ids) for feed in batch.feeds]
         self._wait()
-        return self._row([])
+        for feed in batch.feeds:
+            pool.tokens.update(zip(feed.slots, feed.ids, strict=True))
+        return [self._rows(pool, feed) for feed in batch.feeds]
 
-    def step(self, cache: list[int], ids: Sequence[int], *, every: bool = False) -> torch.Tensor:
-        self.fed.append(len(ids))
-        self._wait()
-        rows = []
-        for token_id in ids:
-            cache.append(token_id)
-            rows.append(self._row(cache))
-        return torch.stack(rows if every else rows[-1:])
+    def _rows(self, pool: ScriptedPool, feed: Feed) -> torch.Tensor:
+        end = feed.start + len(feed.ids)
+        size = pool.block_tokens
+        after = [pool.tokens[feed.table[at // size] * size + at % size] for at in range(feed.prompt, end)]
+        rows = [self._row(after[: at - feed.prompt]) for at in range(end - feed.keep + 1, end + 1)]
+        return torch.stack(rows) if rows else torch.empty(0, self.vocab)
 
     def _wait(self) -> None:
         self.at_gate.release()
@@ -124,13 +137,31 @@ class ScriptedNetwork:
         return row
 
 
+class ScriptedPool:
+    """Remembers which token was written into which slot."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.tokens: dict[int, int] = {}
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for each in copies:
+            for at in range(each.tokens):
+                source = each.source * self.block_tokens + at
+                self.tokens[each.target * self.block_tokens + at] = self.tokens[source]
+
+
 def scripted(
-    tokenizer: PreTrainedTokenizerFast, reply: Callable[[list[int]], int], *, max_len: int = 4096
+    tokenizer: PreTrainedTokenizerFast,
+    reply: Callable[[list[int]], int],
+    *,
+    max_len: int = 4096,
+    kv_blocks: int = 1024,
 ) -> LanguageModel:
     """A model that says what `reply` tells it, one greedy token at a time."""
     tokens = Tokens(tokenizer, [tokenizer.eos_token_id])
     network = ScriptedNetwork(tokens.size + 7, reply)
-    return LanguageModel(name="scripted", tokens=tokens, network=network, max_len=max_len)  # type: ignore[arg-type]
+    return LanguageModel("scripted", tokens, network, max_len, kv_blocks)  # type: ignore[arg-type]
 
 
 def says(ids: Sequence[int], *, then: int) -> Callable[[list[int]], int]:

@@ -1,4 +1,4 @@
-"""Prefix caches as the router predicts them: chains agree as prompts do, and what is expected is forgotten like vLLM."""
+"""Prefix caches as the router predicts them: chains agree as prompts do; the expected is forgotten as vLLM does."""
 
 from __future__ import annotations
 

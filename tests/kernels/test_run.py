@@ -7,10 +7,20 @@ import torch
 
 from kernels.compose import compose
 from kernels.errors import GenerationFailed
-from kernels.generate import generate
-from kernels.model import Stopped
-from kernels.params import ChatInput, CompletionInput, Finished, Kind, Options, Sampling, Stopping, ThinkingRules
-from tests.kernels.tiny import END, OPENED, START, says, scripted, tiny_llama, tiny_tokenizer
+from kernels.job import Job
+from kernels.params import (
+    ChatInput,
+    CompletionInput,
+    Failed,
+    Finished,
+    Kind,
+    Options,
+    Sampling,
+    Stopping,
+    ThinkingRules,
+)
+from kernels.scheduler import Scheduler
+from tests.kernels.tiny import END, OPENED, START, oracle, says, scripted, tiny_llama, tiny_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 PROMPT = CompletionInput(prompts=("the thin",))
@@ -42,15 +52,24 @@ def run(model, given, *, n=1, thinking=None, sampling=None, **stopping):
         sampling=sampling or Sampling(temperature=0),
         stopping=Stopping(**{"max_tokens": 24, **stopping}),
     )
-    *outputs, last = generate(model, compose(model, given, asked), lambda: False)
+    *outputs, last = events_of(model, compose(model, given, asked))
     assert isinstance(last, Finished)
     return outputs, last
 
 
+def events_of(model, request, **how):
+    """Everything that is heard of a request that is alone."""
+    heard: list[object] = []
+    scheduler = Scheduler(model, **how)
+    scheduler.submit(Job(request, heard.append, 1))
+    while scheduler.has_work:
+        scheduler.step()
+    return heard
+
+
 def row_after(model, token_ids):
-    """Logits of the vocabulary after a text that is read at once, without any cache to go by."""
-    with torch.inference_mode():
-        return model.network.step(model.network.new_cache(), token_ids)[-1][: model.tokens.size].tolist()
+    """Logits of the vocabulary after a text that transformers' own attention reads at once."""
+    return oracle(model)(token_ids)[-1][: model.tokens.size].tolist()
 
 
 def ids(outputs, index=0):
@@ -84,13 +103,15 @@ def test_only_tokens_of_the_vocabulary_are_sampled():
     assert all(token_id < model.tokens.size for token_id in ids(outputs))
 
 
-def test_a_prefill_in_portions_is_the_same_prefill(llama, monkeypatch):
-    """A prompt read three tokens at a time gives the logits of one read at once."""
-    prompt = llama.tokens.encode("a longer prompt than three tokens")
-    whole = llama.network.prefill(llama.network.new_cache(), prompt, lambda: None)
-    monkeypatch.setattr(llama.network, "_portion", 3)
-    portions = llama.network.prefill(llama.network.new_cache(), prompt, lambda: None)
-    torch.testing.assert_close(whole, portions, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("step_tokens", [1, 3, 1000])
+def test_a_prefill_in_portions_is_the_same_prefill(llama, step_tokens):
+    """A prompt read a few tokens at a time continues as one read at once."""
+    asked = Options(request_id="r", sampling=Sampling(temperature=0, logprobs=2), stopping=Stopping(max_tokens=9))
+    request = compose(llama, CompletionInput(prompts=("a longer prompt than three tokens " * 3,)), asked)
+    wanted, found = events_of(llama, request), events_of(llama, request, step_tokens=step_tokens)
+    assert ids(wanted[:-1]) == ids(found[:-1])
+    for one, other in zip(wanted[:-1], found[:-1], strict=True):
+        assert one.tokens[0].logprob.chosen == pytest.approx(other.tokens[0].logprob.chosen, abs=1e-4)
 
 
 @pytest.mark.parametrize("marker", ["one token", "text"])
@@ -163,7 +184,7 @@ def test_a_seed_repeats_and_choices_count_up_from_it(llama):
     """The same seed gives the same tokens, and choice i of several is the only choice of seed + i."""
     three, last = run(llama, PROMPT, n=3, sampling=Sampling(seed=40), ignore_eos=True)
     again, _ = run(llama, PROMPT, n=3, sampling=Sampling(seed=40), ignore_eos=True)
-    assert [out.tokens for out in three] == [out.tokens for out in again]
+    assert [ids(three, i) for i in range(3)] == [ids(again, i) for i in range(3)]
     for i in range(3):
         alone, _ = run(llama, PROMPT, sampling=Sampling(seed=40 + i), ignore_eos=True)
         assert ids(three, i) == ids(alone)
@@ -293,24 +314,11 @@ def test_a_native_chain_before_a_constrained_answer():
     assert (text(outputs, Kind.THINKING), text(outputs), last.reasoning_tokens) == ("hm", '{"a": 1}', 2)
 
 
-def test_a_stop_is_noticed_between_tokens_and_portions(llama, monkeypatch):
-    """Generation raises as soon as it is asked to stop: at a token, and between portions of a prompt."""
-    request = compose(llama, PROMPT, Options(request_id="r", stopping=Stopping(max_tokens=50, ignore_eos=True)))
-    heard: list[object] = []
-    with pytest.raises(Stopped):
-        heard.extend(generate(llama, request, lambda: len(heard) >= 3))
-    assert len(heard) == 3
-    monkeypatch.setattr(llama.network, "_portion", 2)
-    answers = iter([False, False, True])
-    with pytest.raises(Stopped):
-        next(generate(llama, request, lambda: next(answers)))
-    assert list(answers) == []
-
-
 def test_a_grammar_that_cannot_be_followed_fails_the_request(llama):
     """An engine-side failure of the grammar is an error of this request, not a wrong answer."""
     asked = Options(request_id="r", stopping=Stopping(max_tokens=5))
     request = compose(llama, ChatInput(messages=HI, response_schema={"type": "object"}), asked)
     broken = type(request)(prompts=request.prompts, options=asked, grammar='start: "a" BROKEN')
-    with pytest.raises(GenerationFailed):
-        list(generate(llama, broken, lambda: False))
+    (failed,) = events_of(llama, broken)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, GenerationFailed)
