@@ -5,20 +5,20 @@ request needs (gateway/prepare.py), which steps it may take and carrying one out
 
 A step is taken as far as it is of use: a cap may be lowered to half of what it was, below that a lower effort says
 better what is wanted than a thought cut short, and below the lowest effort instant mode does. Where the better step is
-not possible, the cap is lowered to whatever fits.
+not possible, the cap is lowered to whatever fits. Another model, the last step, takes no arithmetic: it is held anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from budget.ledger import Amounts, Unit
 
-Step = Literal["cap", "effort", "instant"]
-STEPS: tuple[Step, ...] = ("cap", "effort", "instant")
+Step = Literal["cap", "effort", "instant", "model"]
+STEPS: tuple[Step, ...] = ("cap", "effort", "instant", "model")
 LEAST_CAP_TOKENS = 16  # a shorter thought is none
 ROUNDING: Mapping[Unit, int] = {"usd": 2}  # prices may be fractions of a nano-USD, and amounts are rounded
 
@@ -55,6 +55,20 @@ class Attempt(NamedTuple):
     step: Step
     cap: int = 0
     effort: str | None = None
+
+
+def step_under_load(saturation: float, begins_at: float, steps: Sequence[Step]) -> Step | None:
+    """The step that so much load asks for: the range from `begins_at` to 1 in equal parts, one for each step.
+
+    Args:
+        saturation: of a model's backends, 0 to 1.
+        begins_at: below, nothing is asked for; at most 1.
+        steps: those that may be taken, in order.
+    """
+    if saturation < begins_at or not steps:
+        return None
+    part = (saturation - begins_at) / (1 - begins_at) if begins_at < 1 else 1.0
+    return steps[min(len(steps) - 1, int(part * len(steps)))]
 
 
 def next_attempt(left: Mapping[Unit, int], needs: Needs, steps: Collection[Step]) -> Attempt | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Turn = asyncio.Future[None]
 FORGET = 0.1
+KV_FULL = 0.85  # as placement has it: from there on calls are preempted
 
 
 class Admission:
@@ -57,6 +58,23 @@ class Admission:
     def __len__(self) -> int:
         """Calls that wait."""
         return len(self._queue)
+
+    def saturation(self) -> float:
+        """How full all backends are by their own account, 0 (some has room) to 1 (a call would be refused).
+
+        The greatest of: calls that wait here, of as many as may; the time that one more would wait, of as long as it
+        may; and KV memory above KV_FULL of the backend that has most left.
+        """
+        up = [slot.standing.kv_use for slot in self._slots if slot.is_up]
+        if self.is_open() or not up:
+            return 0.0
+        waits = len(self._queue)
+        shares = (
+            waits / self.config.max_waiting,
+            self._turn_s * (waits + 1) / self.config.max_wait_s,
+            (min(up) - KV_FULL) / (1 - KV_FULL),
+        )
+        return min(1.0, max(0.0, *shares))
 
     def is_open(self) -> bool:
         """Whether a call may go on at once."""

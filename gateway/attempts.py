@@ -36,7 +36,7 @@ class Attempts:
         self._model = model
         self.prompt: Prompt | None = model.prompt(call)
         self._tried: list[Slot] = []
-        self._placed_s: dict[Slot, float] = {}  # of tries that run
+        self._placed_s: dict[Slot, float] = {}  # when; of a model with several backends
         self._has_begun = False
         self._call = call
         self._charged: int | None = None
@@ -59,7 +59,7 @@ class Attempts:
         """The slot to try; it is counted by entering it. Raises: Overloaded when none is left."""
         if not self._tried:
             self._model.retries.tried()
-        return self._place(self._tried, self.prompt)
+        return self._placed(self._model.choose(self._tried, self.prompt))
 
     def has_other(self, slot: Slot) -> bool:
         """Whether a backend beside `slot` is well, and has room that nobody waits for."""
@@ -70,11 +70,10 @@ class Attempts:
         prompt = self._model.prompt(self._call)
         if prompt is not None and self.prompt is not None:
             prompt.read(self.prompt.ids)
-        return self._place(self._unfit(slot), prompt), prompt
+        return self._placed(self._model.choose(self._unfit(slot), prompt)), prompt
 
-    def _place(self, without: list[Slot], prompt: Prompt | None) -> Slot:
-        slot = self._model.choose(without, prompt)
-        if prompt is not None:
+    def _placed(self, slot: Slot) -> Slot:
+        if self.prompt is not None:
             self._placed_s[slot] = self._model.clock()
         return slot
 
@@ -83,10 +82,8 @@ class Attempts:
         return [each for each in self._model.slots if each in (slot, *self._tried) or not _is_fit(each, now_s)]
 
     def lost(self, slot: Slot) -> None:
-        """A try ends since another one answered first. That is no failure, but of the probe of an open breaker."""
-        now_s = self._model.clock()
-        if slot.breaker.state(now_s) == "half_open":
-            slot.breaker.failed(now_s, self._placed_s.get(slot, now_s))
+        """A try ends since another one answered first: that is no failure, and as a probe it proves nothing."""
+        slot.breaker.left(self._placed_s.pop(slot))
 
     def began(self, slot: Slot) -> None:
         """The first byte came; any number of times."""
@@ -95,7 +92,7 @@ class Attempts:
         self._has_begun = True
         now_s = self._model.clock()
         self.prompt.began(now_s)
-        slot.breaker.succeeded(now_s, self._placed_s.get(slot, now_s))
+        slot.breaker.succeeded(now_s, self._placed_s[slot])
 
     def ended(self, usage: Usage | None, output_tokens: int = 0) -> None:
         """The answer is complete, and the backend counted it."""
@@ -106,12 +103,11 @@ class Attempts:
             self.prompt.ended(usage.prompt_tokens, usage.cached_tokens)
 
     def leave(self) -> None:
-        """Whatever became of this try, its prompt waits no longer, nor does anybody wait for it as a probe."""
+        """Whatever became of the tries so far, their prompts wait no longer, nor does anybody wait for a probe."""
         if self.prompt is not None:
             self.prompt.leave()
-        for slot, placed_s in self._placed_s.items():
-            slot.breaker.left(placed_s)
-        self._placed_s.clear()
+            for slot, placed_s in self._placed_s.items():
+                slot.breaker.left(placed_s)
 
     def faulted(self, slot: Slot, error: UpstreamError | DeadlinePassed) -> None:
         """A try failed by the backend's fault, which is not tried again."""
@@ -120,7 +116,7 @@ class Attempts:
             slot.mark_down(error.message)
             return
         now_s = self._model.clock()
-        slot.breaker.failed(now_s, self._placed_s.get(slot, now_s))
+        slot.breaker.failed(now_s, self._placed_s[slot])
         eject_outliers(self._model.slots, now_s)
 
     def failed(self, slot: Slot, error: UpstreamError | DeadlinePassed, *, has_begun: bool) -> None:

@@ -1,10 +1,11 @@
-"""Less thinking instead of a refusal: a request that its limits refuse, prepared again one step down.
+"""Less thinking, or a cheaper model, instead of a refusal or a long wait: a request, prepared again one step down.
 
 Owns: carrying out the steps that budget/degrade.py decides on, and what is told of them. Slow path: only requests
-that were refused come here. Does not own: which steps a key allows (auth.py), holding (serve.py).
+that were refused, or whose backends are all full, come here. Does not own: which steps a key allows
+(auth.py), holding (serve.py).
 
-Every step is taken at most once and leads down, so that a request is held at most once more than there are steps,
-however fast others take what was left.
+Every step is taken at most once on each model and leads down, so that a request is held only so often, however
+fast others take what was left.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from budget.cap import EFFORT_SHARE, effort_tokens
-from budget.degrade import Attempt, Needs, next_attempt, tokens_that_fit
+from budget.degrade import LEAST_CAP_TOKENS, Attempt, Needs, Step, next_attempt, step_under_load, tokens_that_fit
 from budget.ledger import Unit
 from gateway.ask.hear import Heard, hear
 from gateway.ceiling import ceiling_of
@@ -40,6 +41,21 @@ if TYPE_CHECKING:
     from gateway.models import Model
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
+NOT_SPENT = frozenset(("requests", "concurrency"))  # units of which every request takes one, whatever it does
+
+
+class Cause(NamedTuple):
+    """Why a request goes down.
+
+    Attributes:
+        scope: whose limit was short, or the model that is full.
+        unit: of what, or `load`.
+        text: the same, in words.
+    """
+
+    scope: str
+    unit: str
+    text: str
 
 
 class Request(NamedTuple):
@@ -54,6 +70,10 @@ class Request(NamedTuple):
     def hear(self) -> Heard:
         """What it says."""
         return hear(self.body, self.surface, self.models, self.config)
+
+    def without_cascade(self) -> Request:
+        """The same, with no draft first."""
+        return self._replace(key=dataclasses.replace(self.key, cascade="off"))
 
     def again(self, before: Prepared, heard: Heard) -> Prepared | None:
         """Decided anew; its text is what it was, so nobody asks that again. None for what cannot be had that way."""
@@ -74,7 +94,7 @@ class Request(NamedTuple):
 
 
 def one_step_down(request: Request, refused: Prepared, hold: Hold, why: HoldRefused) -> Prepared | None:
-    """The request with less thinking, after a hold was refused.
+    """The request with less thinking, or on a cheaper model, after a hold was refused.
 
     Args:
         request: what came from the client.
@@ -84,48 +104,135 @@ def one_step_down(request: Request, refused: Prepared, hold: Hold, why: HoldRefu
 
     Returns: what to hold next; None where no step is of use or allowed.
     """
-    request = request._replace(key=dataclasses.replace(request.key, cascade="off"))
+    request = request.without_cascade()
+    cause = Cause(why.scope, why.unit, f"what {why.scope} has left of {why.unit}")
     if refused.draft is not None:
-        return _without_draft(request, refused, why)
-    if not refused.steps or refused.decision.mode == "instant":
-        return None
-    ladder = _Ladder(request, refused, hold, why)
-    instant = ladder.instant() if "instant" in refused.steps else None
-    attempt = next_attempt(ladder.left, ladder.needs(instant), refused.steps)
+        return _without_draft(request, refused, cause)
+    lower = None
+    if refused.decision.mode != "instant":
+        left = {unit: found.remaining for unit in UNITS if (found := hold.remaining(unit)) is not None}
+        lower = _less_thinking(_Ladder(request, refused, left, cause))
+    if lower is None and (why.unit not in NOT_SPENT or why.scope == refused.model.scope):
+        lower = _on_cheaper_model(request, refused, cause)
+    return lower
+
+
+def relieved(request: Request, prepared: Prepared) -> Prepared:
+    """The request as the load of its model leaves it: further down the ladder the fuller all its backends are.
+
+    The step that the load asks for, else one further down, else one further up; the request itself where there is none,
+    or where a backend has room.
+    """
+    model, steps = prepared.model, prepared.steps
+    if not steps or model.admission.is_open():
+        return prepared
+    saturation = model.admission.saturation()
+    wanted = step_under_load(saturation, request.config.routing.queue.degrade_at, steps)
+    if wanted is None:
+        return prepared
+    cause = Cause(model.scope, "load", f"the load of {model.name}")
+    request, at = request.without_cascade(), steps.index(wanted)
+    ladder = _Ladder(request, prepared, dict.fromkeys(UNITS, 0), cause)
+    for step in (*steps[at:], *reversed(steps[:at])):
+        if step == "model":
+            lower = _on_cheaper_model(request, prepared, cause)
+        else:
+            lower = None if prepared.decision.mode == "instant" else ladder.forced(step)
+        if lower is not None:
+            return lower
+    return prepared
+
+
+def _less_thinking(ladder: _Ladder) -> Prepared | None:
+    """The first step that makes it fit."""
+    instant = ladder.instant() if "instant" in ladder.steps else None
+    attempt = next_attempt(ladder.left, ladder.needs(instant), ladder.steps)
     if attempt is None:
         return None
-    lower = instant if attempt.step == "instant" else ladder.with_cap(attempt)
-    if lower is None:
-        return None
-    steps = refused.steps[refused.steps.index(attempt.step) + 1 :]
-    return replace(
-        lower,
-        steps=steps,
-        degraded=(*refused.degraded, ladder.told(attempt)),
-        decision=lower.decision._replace(cascade=refused.decision.cascade),
-    )
+    return ladder.taken(attempt, instant if attempt.step == "instant" else ladder.with_cap(attempt))
 
 
-def _without_draft(request: Request, refused: Prepared, why: HoldRefused) -> Prepared | None:
+def _without_draft(request: Request, refused: Prepared, cause: Cause) -> Prepared | None:
     """The same request as it is without a cascade: no step of the ladder, and allowed to all."""
-    lower, cascade = request.again(refused, request.hear()), refused.decision.cascade
+    lower, cascade = request.again(refused, request.hear()._replace(ask=refused.ask)), refused.decision.cascade
     if lower is None or cascade is None:
         return None
-    cascade = cascade._replace(runs=False, hindrance=f"a draft does not fit into {_left(why)}")
+    cascade = cascade._replace(runs=False, hindrance=f"a draft does not fit into {cause.text}")
     return replace(
         lower, decision=lower.decision._replace(cascade=cascade), steps=refused.steps, degraded=refused.degraded
     )
 
 
-class _Ladder:
-    """One refused request, and what is left for it."""
+def _on_cheaper_model(request: Request, before: Prepared, cause: Cause) -> Prepared | None:
+    """The request as it was asked, on the next cheaper model along the chain of the model it names.
 
-    def __init__(self, request: Request, refused: Prepared, hold: Hold, why: HoldRefused) -> None:
+    It may go down the whole ladder there: every model is tried once, so this ends. Where load is the cause, one that is
+    full itself is passed over.
+    """
+    if "model" not in before.steps:
+        return None
+    heard = request.hear()
+    asked = heard.ask.model
+    tried = {asked, before.model.name, *(taken.to for taken in before.degraded if taken.step == "model")}
+    for name in request.models[asked].config.fallback:
+        lower = None if name in tried else request.again(before, heard._replace(ask=replace(heard.ask, model=name)))
+        if lower is None or not _is_cheaper(lower, before):
+            continue
+        if cause.unit == "load" and lower.model.admission.saturation() > 0:
+            continue
+        told = Degraded(step="model", was=before.model.name, to=name, scope=cause.scope, unit=cause.unit)
+        return replace(lower, degraded=(*before.degraded, told))
+    return None
+
+
+def _is_cheaper(lower: Prepared, before: Prepared) -> bool:
+    """Whether the same tokens cost less there; of two models without a price the chain says which is the lesser."""
+    if before.model.config.price_usd_per_mtok is None:
+        return lower.model.config.price_usd_per_mtok is None
+    output = lower.call.max_tokens * lower.choices
+    prompt = lower.ceiling.tokens - output
+    now, then = (one.model.prices.ceiling_nano_usd(prompt=prompt, thinking=0, answer=output) for one in (lower, before))
+    return now < then
+
+
+class _Ladder:
+    """One request that is too much, and what is left for it."""
+
+    def __init__(self, request: Request, refused: Prepared, left: Mapping[Unit, int], cause: Cause) -> None:
         self._request = request
         self._refused = refused
-        self._why = why
+        self._cause = cause
         self._heard = request.hear()
-        self.left = {unit: found.remaining for unit in UNITS if (found := hold.remaining(unit)) is not None}
+        self.left, self.steps = left, refused.steps
+
+    def forced(self, step: Step) -> Prepared | None:
+        """One step down, whatever is left: half of the cap, the lowest effort, or instant; None for what cannot be."""
+        cap, needs = self._refused.cap.tokens, self.needs(None)
+        if step == "instant":
+            return self.taken(Attempt(step), self.instant())
+        if cap is None:
+            return None
+        least = max(needs.least, LEAST_CAP_TOKENS)
+        words = {tokens: word for word, tokens in needs.efforts.items() if least <= tokens < cap}
+        if step == "effort" and words:
+            attempt = Attempt(step, min(words), words[min(words)])
+        elif step == "cap" and cap // 2 >= least:
+            attempt = Attempt(step, cap // 2)
+        else:
+            return None
+        return self.taken(attempt, self.with_cap(attempt))
+
+    def taken(self, attempt: Attempt, lower: Prepared | None) -> Prepared | None:
+        """What a step came to, with what is told of it; None for a step that cannot be had."""
+        if lower is None:
+            return None
+        refused = self._refused
+        return replace(
+            lower,
+            steps=refused.steps[refused.steps.index(attempt.step) + 1 :],
+            degraded=(*refused.degraded, self._told(attempt)),
+            decision=lower.decision._replace(cascade=refused.decision.cascade),
+        )
 
     def needs(self, instant: Prepared | None) -> Needs:
         """What its holds take."""
@@ -154,7 +261,7 @@ class _Ladder:
             lower.cap,
             source=before.source if attempt.effort is None else "effort",
             clamped_from=before.tokens if before.clamped_from is None else before.clamped_from,
-            clamped_by=self._what_is_left(),
+            clamped_by=self._cause.text,
         )
         return replace(lower, cap=cap)
 
@@ -169,9 +276,9 @@ class _Ladder:
         lower = self._prepared(ask, 0, effort=LEAST_EFFORT)
         if lower is None:
             return None
-        return replace(lower, decision=_instant(self._refused.decision, self._what_is_left()))
+        return replace(lower, decision=_instant(self._refused.decision, self._cause.text))
 
-    def told(self, attempt: Attempt) -> Degraded:
+    def _told(self, attempt: Attempt) -> Degraded:
         """The step, for the response."""
         was: int | str
         to: int | str
@@ -182,7 +289,7 @@ class _Ladder:
             was, to = cap, attempt.cap
         else:
             was, to = self._refused.ask.effort or cap, attempt.effort
-        return Degraded(step=attempt.step, was=was, to=to, scope=self._why.scope, unit=self._why.unit)
+        return Degraded(step=attempt.step, was=was, to=to, scope=self._cause.scope, unit=self._cause.unit)
 
     def _prepared(self, ask: Ask, cap: int, *, effort: str | None = None) -> Prepared | None:
         """Decided anew; None for what cannot be had that way."""
@@ -219,13 +326,6 @@ class _Ladder:
         size, media_parts = len(self._request.body), self._heard.media_parts
         most = max_tokens + prepared.slack
         return ceiling_of(prepared.ask, prepared.model, cap, most, aside, body_bytes=size, media_parts=media_parts)
-
-    def _what_is_left(self) -> str:
-        return _left(self._why)
-
-
-def _left(why: HoldRefused) -> str:
-    return f"what {why.scope} has left of {why.unit}"
 
 
 def _instant(before: ModeDecision, left: str) -> ModeDecision:

@@ -36,12 +36,19 @@ class Fallbacks:
         self.failure: GatewayError | None = None
         self._left: list[str] = []
 
-    def after(self, error: GatewayError, *, has_started: bool) -> Prepared:
-        """The request on the next model that may serve it, not held yet. Raises: the error, where there is none."""
+    def after(self, error: GatewayError, failed: Prepared, *, has_started: bool) -> Prepared:
+        """The request on the next model that may serve it, not held yet. Raises: the error, where there is none.
+
+        Args:
+            error: of the model that it ran on.
+            failed: as it ran there.
+            has_started: the response has begun.
+        """
         if has_started:
             raise error
         if self.failure is None:
-            self._left = [name for name in self._asked.model.config.fallback if name != self._asked.model.name]
+            gone = {self._asked.model.name, failed.model.name}
+            self._left = [name for name in self._asked.model.config.fallback if name not in gone]
             self.failure = error
         found = self.instead()
         if found is None:

@@ -18,7 +18,7 @@ from gateway.attempts import Attempts
 from gateway.backends.http_backend import HttpBackend
 from gateway.cascade import taken, told
 from gateway.ceiling import TEMPLATE_MARGIN_TOKENS
-from gateway.degrade import Request, one_step_down
+from gateway.degrade import Request, one_step_down, relieved
 from gateway.edge.aggregate import Aggregator
 from gateway.edge.exchange import EVENT_STREAM, JSON
 from gateway.edge.extension import DecisionReport, Report, Spent, UsageReport, encode
@@ -64,6 +64,7 @@ async def serve_completion(
     record.begin(prepared)
     request = Request(body, surface, key, state.models, state.config)
     fallbacks = Fallbacks(request, prepared)
+    prepared = relieved(request, prepared)
     while True:  # once, but for a request that goes down the degrade ladder, or to another model
         scopes = (*key.scopes, prepared.model.scope)
         hold, is_held = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode), False
@@ -85,7 +86,7 @@ async def serve_completion(
                 raise fallbacks.failure or refusal(exc, gateway.limit_headers(hold)) from exc
             prepared = lower
         except (Overloaded, UpstreamError) as exc:
-            prepared = fallbacks.after(exc, has_started=exchange.has_started)
+            prepared = fallbacks.after(exc, prepared, has_started=exchange.has_started)
 
 
 def refusal(exc: HoldRefused | StoreUnreachable, limit_headers: Headers) -> LimitExceeded | BudgetStoreUnreachable:

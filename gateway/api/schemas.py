@@ -39,8 +39,8 @@ names both, and so is a budget above what fits. The body is one JSON object of U
 {MAX_DEPTH} deep, of at most `server.max_body_bytes`.
 """
 RESERVED = """
-Values of `mode` other than auto, instant and reasoning, `plan` and `search` other than off, and the step `model` of
-`degrade` are reserved: a 400 with the code `not_built`.
+Values of `mode` other than auto, instant and reasoning, and `plan` and `search` other than off, are reserved: a 400
+with the code `not_built`.
 """
 FINISH_REASONS = ["stop", "length", "tool_calls", "content_filter", "function_call"]
 

@@ -60,6 +60,7 @@ class QueueConfig(Section):
     max_waiting: PositiveInt = 1000
     max_wait_s: float = Field(60, gt=0)
     backend_waiting: PositiveInt = 4
+    degrade_at: float = Field(0.5, ge=0, le=1)
 
 
 class RetriesConfig(Section):

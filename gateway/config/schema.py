@@ -351,7 +351,6 @@ class Config(Section):
             if self.routing.placement.index != "exact":
                 events = [backend.id for backend in model.backends if backend.kv_events is not None]
                 inert += [f"models.{name}.backends[{id}].kv_events (placement.index is not exact)" for id in events]
-        inert += [f"keys[{i}].degrade (model)" for i, key in enumerate(self.keys) if "model" in key.degrade]
         owned = {f"{kind}:{getattr(key, kind)}" for key in self.keys for kind in ("user", "team", "org")}
         owned |= {f"tag:{tag}" for key in self.keys for tag in key.tags}
         inert += [

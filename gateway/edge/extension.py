@@ -65,14 +65,14 @@ class Degraded(Struct, frozen=True, kw_only=True, rename={"was": "from"}):
     """One step down the degrade ladder.
 
     Attributes:
-        step: `cap`, `effort` or `instant`; `model` for another model, since the one asked for could not serve.
+        step: `cap`, `effort`, `instant` or `model`, another model.
         was: what there was: the cap in tokens, the effort word, the mode or the model.
         to: what there is instead.
-        scope: whose limit was short; the model that could not serve.
-        unit: of what; for a model the code of its error.
+        scope: whose limit was short; or the model that was full, or could not serve.
+        unit: of what; or `load`, or the code of the model's error.
     """
 
-    step: Step | Literal["model"]
+    step: Step
     was: int | str
     to: int | str
     scope: str

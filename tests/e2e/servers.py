@@ -74,12 +74,12 @@ class Vllm:
 
 
 @contextmanager
-def vllm_running(model: Path, name: str) -> Iterator[Vllm]:
-    """A vLLM server with everything on that the gateway can use; its log is .cache/logs/vllm.log."""
+def vllm_running(model: Path, name: str, *flags: str, log: str = "vllm.log") -> Iterator[Vllm]:
+    """A vLLM server with everything on that the gateway can use, and these flags; its log is in .cache/logs."""
     assert VLLM_PYTHON.exists(), "no vLLM here: run `make venv-vllm`"
     port = free_port()
     where = ("--model", str(model), "--served-model-name", name, "--port", str(port))
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", *where, *VLLM_FLAGS]
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", *where, *VLLM_FLAGS, *flags]
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -88,7 +88,7 @@ def vllm_running(model: Path, name: str) -> Iterator[Vllm]:
         "VLLM_CPU_KVCACHE_SPACE": "2",
         **_openmp(),
     }
-    with running(command, LOGS / "vllm.log", env) as child:
+    with running(command, LOGS / log, env) as child:
         child.wait_ready(f"http://127.0.0.1:{port}/health", within_s=VLLM_START_S)
         yield Vllm(f"http://127.0.0.1:{port}", name)
         child.terminate()

@@ -384,7 +384,6 @@ def test_what_has_no_effect_is_listed() -> None:
         "models.qwen3.planner",
         "models.qwen3.architecture",
         "models.qwen3.fallback (qwen3-small is not under models)",
-        "keys[0].degrade (model)",
         "limits[2].scope (team:mll has no key)",
         "limits[3].scope (org:acme has no key)",
         "search.scorers",

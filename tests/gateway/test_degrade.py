@@ -154,14 +154,14 @@ def labels(mode: str, status: int) -> dict[str, str]:
     [
         (["cap"], ["cap", "instant"], 403, "permission_denied"),
         ([], ["cap"], 403, "permission_denied"),
-        (ALL, ["model"], 400, "not_built"),
-        (ALL, ["cap", "model"], 400, "not_built"),
+        (ALL, ["model"], 403, "permission_denied"),
+        (ALL, ["cap", "model"], 403, "permission_denied"),
     ],
 )
 async def test_steps_that_cannot_be_had_are_refused_by_name(
     scripted: ScriptedBackend, degrade: list[str], asks: list[str], status: int, code: str
 ) -> None:
-    """A step that the key does not allow is a 403, the one that is not built a 400, also where nothing is short."""
+    """A step that the key does not allow is a 403, also where nothing is short."""
     async with live(tree(scripted, 9999, degrade=degrade)) as running:
         answer = await asked(running, {**ASK, "thinkgate": {"degrade": asks}})
     assert (answer.status, answer.error["code"], answer.error["param"]) == (status, code, "thinkgate.degrade")

@@ -138,8 +138,6 @@ def test_a_least_of_zero_says_nothing(says: Says | None) -> None:
         ({"thinkgate": {"search": {"policy": "beam"}}}, "thinkgate.search"),
         ({"thinkgate": {"plan": "on"}}, "thinkgate.plan"),
         ({"thinkgate": {"plan": "auto"}}, "thinkgate.plan"),
-        ({"thinkgate": {"degrade": ["model"]}}, "thinkgate.degrade"),
-        ({"thinkgate": {"degrade": ["cap", "model"]}}, "thinkgate.degrade"),
     ],
     ids=str,
 )
