@@ -83,7 +83,7 @@ class Attempts:
 
     def lost(self, slot: Slot) -> None:
         """A try ends since another one answered first: that is no failure, and as a probe it proves nothing."""
-        slot.breaker.left(self._placed_s[slot])
+        slot.breaker.left(self._placed_s.pop(slot))
 
     def began(self, slot: Slot) -> None:
         """The first byte came; any number of times."""

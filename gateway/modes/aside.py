@@ -45,9 +45,10 @@ def instant_call(
         fields["chat_template_kwargs"] = switches
     if slot is not None and slot.capabilities is not None and slot.capabilities.takes_effort:
         fields["reasoning_effort"] = _raw(LEAST_EFFORT)  # such a server has no switch to not think at all
-    for name in ("max_completion_tokens", "cache_salt"):  # the first for its name, the backend sets it
-        if name in asked.fields:
-            fields[name] = asked.fields[name]
+    if "max_completion_tokens" in asked.fields:
+        fields["max_completion_tokens"] = asked.fields["max_completion_tokens"]  # the name; the backend sets it
+    if "cache_salt" in asked.fields and model.kind == "vllm":
+        fields["cache_salt"] = asked.fields["cache_salt"]  # what is quoted is cached for its tenant only
     marks = model.thinking
     return Call(
         surface="chat",
