@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
     def hear(self) -> Heard:
         """What it says."""
-        return hear(self.body, self.surface, self.models, self.config)
+        return hear(self.body, self.surface, self.config)
 
     def without_cascade(self) -> Request:
         """The same, with no draft first."""
@@ -79,7 +79,7 @@ class Request(NamedTuple):
         """Decided anew; its text is what it was, so nobody asks that again. None for what cannot be had that way."""
         verdict = before.decision.verdict
         try:
-            return decide(
+            found = decide(
                 heard._replace(read=None if verdict is None else lambda _key, _model: verdict),
                 len(self.body),
                 self.surface,
@@ -91,6 +91,7 @@ class Request(NamedTuple):
             )
         except (InvalidRequest, PermissionDenied):
             return None
+        return replace(found, target=before.target)
 
 
 def one_step_down(request: Request, refused: Prepared, hold: Hold, why: HoldRefused) -> Prepared | None:
@@ -172,7 +173,8 @@ def _on_cheaper_model(request: Request, before: Prepared, cause: Cause) -> Prepa
     if "model" not in before.steps:
         return None
     heard = request.hear()
-    asked = heard.ask.model
+    first = next((taken.was for taken in before.degraded if taken.step == "model"), before.model.name)
+    asked = str(first)
     tried = {asked, before.model.name, *(taken.to for taken in before.degraded if taken.step == "model")}
     for name in request.models[asked].config.fallback:
         lower = None if name in tried else request.again(before, heard._replace(ask=replace(heard.ask, model=name)))

@@ -63,7 +63,7 @@ class Fallbacks:
         asked, heard = self._asked, self._request.hear()
         while self._left:
             name = self._left.pop(0)
-            found = self._request.again(asked, heard._replace(ask=replace(asked.ask, model=name)))
+            found = self._request.again(asked, heard._replace(ask=replace(asked.ask, model=name, named=None)))
             if found is None:
                 continue  # not for this key, or not with what the request asks for
             told = Degraded(step="model", was=asked.model.name, to=name, scope=asked.model.scope, unit=why)

@@ -13,9 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from router.judge import Policy, Verdict, judge
+from router.judge import LONG_CHARS, Policy, Verdict, judge
+from router.mode import MODES
 from router.scorer import Scorer, WrongArtefact, parse_scorer
-from router.utility import Arm, Mode, Prior, Statistics
+from router.utility import Arm, Mode, Prior, Statistics, TargetArm
 
 if TYPE_CHECKING:
     from gateway.ask.request import Message
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gateway.models import Model
 
 log = logging.getLogger("thinkgate.judge")
+MIDDLE = 3
 BUILTIN = Path(__file__).parents[1] / "router" / "scorer.json"
 
 
@@ -53,6 +55,35 @@ class Judge:
         """The verdict on the last thing the user said; O(characters read)."""
         assert self.scorer is not None
         return judge(self.scorer, text_of(messages), self.policy(key, model), has_media=media_parts > 0)
+
+    def picker(
+        self, messages: Sequence[Message], media_parts: int
+    ) -> Callable[[Key, Sequence[Model], Mode | None], list[TargetArm]]:
+        """What weighs models for these messages."""
+        return partial(self.weigh, messages, media_parts)
+
+    def weigh(
+        self, messages: Sequence[Message], media_parts: int, key: Key, models: Sequence[Model], mode: Mode | None
+    ) -> list[TargetArm]:
+        """Every model in one mode; with no mode, in all that the key may have, or, if it weighs no money, the text's.
+
+        Without a text that tells it, difficulty is in the middle.
+        """
+        text, level = text_of(messages), MIDDLE
+        if self.scorer is not None and text and not media_parts and len(text) <= LONG_CHARS:
+            level = self.scorer.read(text).level
+        allowed = [one for one in MODES if key.modes is None or one in key.modes]
+        if mode is None and len(allowed) == 1:
+            mode = allowed[0]
+        if mode is None and not (key.lambda_per_usd or key.quality_floor):
+            by_text = self.scorer is not None
+            mode = self.read(messages, media_parts, key, models[0]).mode if by_text else self._routing.on_uncertain
+        return [
+            TargetArm(model.name, arm)
+            for model in models
+            for arm in self._arms(model, key.lambda_per_usd, level)
+            if arm.mode in allowed and mode in {None, arm.mode}
+        ]
 
     def policy(self, key: Key, model: Model) -> Policy:
         """How it is reached for this key and model."""

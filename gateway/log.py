@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from budget.tokens import TokenCounts
-from gateway.edge.extension import CascadeReport, DecisionReport, Degraded
+from gateway.edge.extension import CascadeReport, DecisionReport, Degraded, TargetReport
 
 FLUSH_EVERY_S = 0.2
 MAX_PENDING = 50_000
@@ -52,6 +52,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True):
     replayed: bool = False
     decision: DecisionReport | None = None
     cascade: CascadeReport | None = None
+    target: TargetReport | None = None
 
     def publish(self) -> RequestLine:
         """A line that is ready."""

@@ -168,6 +168,8 @@ def build_models(config: Config, known: dict[str, Model] | None = None, names: N
         raise ConfigError(NO_ZMQ)
     models = {}
     for name, entry in config.models.items():
+        if entry.targets:
+            continue  # a name for others
         old = known.get(name) if known else None
         slots = []
         for backend in (names or Names()).expanded(entry.backends):

@@ -19,16 +19,17 @@ from gateway.ask.fields import check_choices, check_continued, upstream_fields
 from gateway.ask.hear import Heard, hear
 from gateway.ask.request import RawFields
 from gateway.ask.resolve import UNCAPPED, Ask
-from gateway.auth import Key, check_model, degrade_steps
+from gateway.auth import Key, degrade_steps
 from gateway.backends.port import Call, Surface, Thinking
 from gateway.cascade import Draft, draft_of, hindrance
 from gateway.ceiling import aside_of, ceiling_of
-from gateway.edge.extension import CapReport, Degraded
+from gateway.edge.extension import CapReport, Degraded, TargetReport
 from gateway.enforcement import How, Needs, instant_enforcement
-from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
+from gateway.errors import InvalidRequest, PermissionDenied
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
 from gateway.modes.reasoning import Stops
+from gateway.targets import find_target
 from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Prepared(msgspec.Struct, frozen=True):
         steps: down the degrade ladder, those it may take if its limits refuse it.
         degraded: those it has taken.
         draft: an instant answer that is judged first; None without a cascade.
+        target: which of several models a public name came to, and why; None for a name of one.
     """
 
     ask: Ask
@@ -70,6 +72,7 @@ class Prepared(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...] = ()
     degraded: tuple[Degraded, ...] = ()
     draft: Draft | None = None
+    target: TargetReport | None = None
 
     @property
     def choices(self) -> int:
@@ -103,7 +106,7 @@ def prepare(
 
     Raises: InvalidRequest, ModelNotFound, PermissionDenied.
     """
-    heard = hear(body, surface, models, config)
+    heard = hear(body, surface, config)
     return decide(heard, len(body), surface, key, models, config, request_id=request_id, trace=trace)
 
 
@@ -119,19 +122,13 @@ def decide(
     trace: tuple[tuple[bytes, bytes], ...],
 ) -> Prepared:
     """What follows from what was heard. Raises: InvalidRequest, ModelNotFound, PermissionDenied."""
+    heard, model, target = find_target(heard, models, key, config)
     ask, raw, media_parts = heard.ask, heard.raw, heard.media_parts
-    model = find_model(ask.model, models, key)
     check_choices(ask.n, ask.prompts, model.config.max_n)
-    if ask.answer_floor is not None:
-        _check_floor(ask, ask.answer_floor, model)
+    _check_bounds(ask, model)
     needs = _needs(ask, model, is_chat=surface == "chat", has_media=media_parts > 0, continues=_continues(raw))
     if needs.continues:
         check_continued(raw.get("messages"), model.thinking)
-    if ask.envelope is not None and ask.envelope.nano_usd is not None and model.config.price_usd_per_mtok is None:
-        raise InvalidRequest(
-            f"`thinkgate.envelope.usd` bounds nothing, since {model.name!r} has no price: leave it out.",
-            param="thinkgate.envelope.usd",
-        )
     decision, bounds, cap, report, slack = _bounded(heard, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
     max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
@@ -159,7 +156,19 @@ def decide(
     )
     steps = degrade_steps(key, ask.degrade)
     return Prepared(
-        ask, model, decision, call, report, ceiling, Enforcement(needs), slack, aside, stops, steps, draft=draft
+        ask,
+        model,
+        decision,
+        call,
+        report,
+        ceiling,
+        Enforcement(needs),
+        slack,
+        aside,
+        stops,
+        steps,
+        draft=draft,
+        target=target,
     )
 
 
@@ -265,17 +274,14 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues:
     )
 
 
-def find_model(name: str, models: Mapping[str, Model], key: Key) -> Model:
-    """The model of that public name. Raises: ModelNotFound, PermissionDenied."""
-    model = models.get(name)
-    if model is None:
-        raise ModelNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do.", param="model")
-    check_model(key, name)
-    return model
-
-
-def _check_floor(ask: Ask, floor: int, model: Model) -> None:
-    """Raises: InvalidRequest when no answer can be as long as the request's own floor."""
+def _check_bounds(ask: Ask, model: Model) -> None:
+    """Raises: InvalidRequest when no answer can be as long as the request's own floor, or its money bounds nothing."""
+    if ask.envelope is not None and ask.envelope.nano_usd is not None and model.config.price_usd_per_mtok is None:
+        raise InvalidRequest(
+            f"`thinkgate.envelope.usd` bounds nothing, since {model.name!r} has no price: leave it out.",
+            param="thinkgate.envelope.usd",
+        )
+    floor = ask.answer_floor or 0
     most = model.config.answer.max_tokens if ask.total_max is None else ask.total_max
     if floor > most:
         limit = "this model's answer.max_tokens" if ask.total_max is None else f"`{ask.total_field}`"

@@ -139,6 +139,7 @@ class Record:
             replayed=self.replayed,
             decision=self._decision(),
             cascade=self.cascade,
+            target=None if prepared is None else prepared.target,
         )
 
     def _decision(self) -> DecisionReport | None:

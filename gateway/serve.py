@@ -66,7 +66,7 @@ async def serve_completion(
     fallbacks = Fallbacks(request, prepared)
     prepared = relieved(request, prepared)
     while True:  # once, but for a request that goes down the degrade ladder, or to another model
-        scopes = (*key.scopes, prepared.model.scope)
+        scopes = scopes_of(key, prepared)
         hold, is_held = gateway.ledger.hold(scopes, prepared.ceiling, mode=prepared.decision.mode), False
         try:
             async with hold:
@@ -87,6 +87,12 @@ async def serve_completion(
             prepared = lower
         except (Overloaded, UpstreamError) as exc:
             prepared = fallbacks.after(exc, prepared, has_started=exchange.has_started)
+
+
+def scopes_of(key: Key, prepared: Prepared) -> tuple[str, ...]:
+    """Who pays: the key and its owners, the model, and the name that it was asked for by where that is another."""
+    named = () if prepared.target is None else (f"model:{prepared.target.name}",)
+    return (*key.scopes, prepared.model.scope, *named)
 
 
 def refusal(exc: HoldRefused | StoreUnreachable, limit_headers: Headers) -> LimitExceeded | BudgetStoreUnreachable:
@@ -333,6 +339,12 @@ class Answer:
             backend=run.slot.config.id if run.slot is not None else "",
             request_id=self._exchange.request_id,
         )
+        self._tell_more(report)
+        return UsageReport.of(counts), report
+
+    def _tell_more(self, report: Report) -> None:
+        """What only some requests have to tell."""
+        run, prepared = self._run, self._prepared
         if run.ended_by is not None:
             report.ended_by = run.ended_by
         if run.tally.is_estimated:
@@ -341,11 +353,12 @@ class Answer:
             report.summary = self._summaries.outcome
         if prepared.degraded:
             report.degraded = prepared.degraded
+        if prepared.target is not None:
+            report.target = prepared.target
         if self._cascaded is not None:
             report.cascade = self._cascaded
         if prepared.decision.verdict is not None:
             report.decision = DecisionReport.of(prepared.decision.verdict)
-        return UsageReport.of(counts), report
 
     def _id_header(self) -> Headers:
         return [(b"x-request-id", self._exchange.request_id.encode())]

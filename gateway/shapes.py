@@ -118,15 +118,18 @@ class Decisions:
                 prepared = self._again(kept, body, body[begin:end], key, request_id, trace)
                 if prepared is not None:
                     return prepared
-        heard = hear(body, surface, self._models, self._config)
-        if self._judge is not None and surface == "chat":
-            heard = heard._replace(read=self._judge.reader(heard.messages, heard.media_parts))
+        heard = hear(body, surface, self._config)
+        if self._judge is not None:
+            heard = heard._replace(pick=self._judge.picker(heard.messages, heard.media_parts))
+            if surface == "chat":
+                heard = heard._replace(read=self._judge.reader(heard.messages, heard.media_parts))
         prepared = decide(
             heard, len(body), surface, key, self._models, self._config, request_id=request_id, trace=trace
         )
         # Nothing that begins with a bracket and ends with one is as long: so this is the place.
         if (
             shape is not None
+            and prepared.target is None  # that follows from load and statistics, each time
             and not heard.media_parts
             and heard.raw.keys() <= SHAPING
             and bytes(heard.raw["messages"]) == body[begin:end]

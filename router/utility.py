@@ -48,6 +48,13 @@ class Arm(NamedTuple):
     utility: float
 
 
+class TargetArm(NamedTuple):
+    """One mode of one model, where a public name stands for several."""
+
+    model: str
+    arm: Arm
+
+
 class Estimate:
     """What was seen of one model, mode and difficulty.
 
@@ -133,6 +140,12 @@ class Statistics:
             utility = quality - lambda_per_usd * cost
             arms.append(Arm(mode, round(quality, 4), round(cost, 9), round(utility, 4)))
         return arms
+
+
+def best_target(arms: Sequence[TargetArm], quality_floor: float) -> TargetArm:
+    """As `best`, over models as well as modes; the first of equal ones."""
+    chosen = best([one.arm for one in arms], quality_floor)
+    return next(one for one in arms if one.arm is chosen)
 
 
 def best(arms: Sequence[Arm], quality_floor: float) -> Arm:

@@ -19,8 +19,8 @@ from gateway.backends.port import refuse_field
 from gateway.edge.exchange import JSON
 from gateway.edge.extension import EmbeddingReport, Spent, encode
 from gateway.errors import DeadlinePassed, UpstreamError
-from gateway.prepare import find_model
 from gateway.serve import refusal
+from gateway.targets import find_model
 
 if TYPE_CHECKING:
     from budget.ledger import Hold
@@ -43,7 +43,7 @@ async def serve_embedding(gateway: Gateway, exchange: Exchange, record: Record, 
     record.key = key.id
     body = await exchange.body(serving.config.server.max_body_bytes)
     typed, raw = parse_embedding(body)
-    model = find_model(typed.model, serving.models, key)
+    model = find_model(typed.model, serving.models, key, serving.config)
     record.model = model.name
     prompt = len(bytes(raw["input"]))
     ceiling = Amounts(tokens=prompt, nano_usd=model.prices.ceiling_nano_usd(prompt=prompt, thinking=0, answer=0))

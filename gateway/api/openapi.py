@@ -155,6 +155,7 @@ ROUTE = {
     "cap": {"tokens": 0, "source": "mode", "enforcement": "switch", "hit": False},
     "hold": {"tokens": 1361, "thinking_tokens": 0, "nano_usd": 0},
     "cascade": None,
+    "target": None,
     "request_id": "req-5f0c1d2e3f4a5b6c-3",
 }
 FEEDBACK = {"request_id": "req-5f0c1d2e3f4a5b6c-3", "score": 1.0}

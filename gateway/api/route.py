@@ -33,7 +33,7 @@ async def serve_route(gateway: Gateway, exchange: Exchange, record: Record, watc
     decision = prepared.decision
     verdict = decision.verdict
     if verdict is None:
-        heard = hear(body, "chat", state.models, state.config)
+        heard = hear(body, "chat", state.config)
         read = state.judge.reader(heard.messages, heard.media_parts)
         verdict = None if read is None else read(key, prepared.model)
     report = RouteReport(
@@ -45,6 +45,7 @@ async def serve_route(gateway: Gateway, exchange: Exchange, record: Record, watc
         cap=prepared.cap,
         hold=Spent.of(prepared.ceiling),
         cascade=told(decision, prepared.draft),
+        target=prepared.target,
         request_id=exchange.request_id,
     )
     await exchange.respond(200, [JSON], encode(report))

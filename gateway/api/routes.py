@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from gateway.auth import Key
     from gateway.edge.exchange import Exchange
     from gateway.edge.watch import Watched
-    from gateway.models import Model
     from gateway.record import Record
 
 Handler = Callable[["Gateway", "Exchange", "Record", "Watched"], Awaitable[None]]
@@ -151,25 +150,27 @@ def _add_models(gateway: Gateway) -> None:
     async def list_models(request: Request) -> JSONResponse:
         """The models this key may use."""
         key = identify(request)
-        visible = [m for m in gateway.serving.models.values() if key.models is None or m.name in key.models]
-        return JSONResponse({"object": "list", "data": [_entry(gateway, model) for model in visible]})
+        names = [name for name in gateway.serving.config.models if key.models is None or name in key.models]
+        return JSONResponse({"object": "list", "data": [_entry(gateway, name) for name in names]})
 
     @gateway.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> JSONResponse:
         """One model."""
         key = identify(request)
-        model = gateway.serving.models.get(model_id)
-        if model is None:
+        if model_id not in gateway.serving.config.models:
             raise ModelNotFound(f"The model {model_id!r} does not exist.", param="model")
         check_model(key, model_id)
-        return JSONResponse(_entry(gateway, model))
+        return JSONResponse(_entry(gateway, model_id))
 
 
-def _entry(gateway: Gateway, model: Model) -> dict[str, object]:
+def _entry(gateway: Gateway, name: str) -> dict[str, object]:
+    """A public name; of several models the smallest window."""
+    serving = gateway.serving
+    windows = [serving.models[model].window() for model in serving.config.behind(name)]
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": gateway.started_s,
         "owned_by": "thinkgate",
-        "max_model_len": model.window(),
+        "max_model_len": min((window for window in windows if window is not None), default=None),
     }

@@ -32,6 +32,8 @@ NAMES = {struct.__name__: name for name, struct in REQUESTS.items()} | {
     "DecisionReport": "TextDecision",
     "ArmReport": "WeighedMode",
     "CascadeReport": "Cascade",
+    "TargetReport": "Target",
+    "TargetArmReport": "WeighedModel",
 }
 REQUEST_RULES = f"""
 Fields that are not listed pass to the backend as they are. Fields that contradict each other are a 400 that

@@ -5,7 +5,7 @@ Owns: `Heard`. Does not own: dialects (resolve.py), what follows (prepare.py). O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.config.schema import Config
     from gateway.models import Model
     from router.judge import Verdict
+    from router.utility import Mode, TargetArm
 
 
 class Heard(NamedTuple):
@@ -31,6 +32,7 @@ class Heard(NamedTuple):
         media_parts: how many parts are not text.
         messages: of a chat.
         read: asks the text which mode it deserves, for a key and a model; None where it cannot be asked.
+        pick: weighs models for a key, in one mode or in any it may have; None where nothing is known of them.
     """
 
     ask: Ask
@@ -38,17 +40,18 @@ class Heard(NamedTuple):
     media_parts: int
     messages: Sequence[Message] = ()
     read: Callable[[Key, Model], Verdict] | None = None
+    pick: Callable[[Key, Sequence[Model], Mode | None], Sequence[TargetArm]] | None = None
 
 
-def hear(body: bytes, surface: Surface, models: Mapping[str, Model], config: Config) -> Heard:
+def hear(body: bytes, surface: Surface, config: Config) -> Heard:
     """Parse and resolve. Raises: InvalidRequest."""
     if surface == "chat":
         chat, raw = parse_chat(body)
-        name, suffix = split_suffix(chat.model, models)
+        name, suffix = split_suffix(chat.model, config.models)
         media_parts = check_media(chat.messages, config.server.media_hosts)
         if media_parts:  # what was checked is what is sent, also where a key stands twice
             raw["messages"] = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(raw["messages"])))
         return Heard(resolve_chat(chat, name, suffix), raw, media_parts, chat.messages)
     text, raw = parse_completion(body)
-    name, suffix = split_suffix(text.model, models)
+    name, suffix = split_suffix(text.model, config.models)
     return Heard(resolve_completion(text, name, suffix), raw, 0)

@@ -33,7 +33,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """What this request wants, whatever dialect it spoke.
 
     Attributes:
-        model: public name, suffix removed.
+        model: public name, suffix removed; once it is decided, the model that the name stands for.
+        named: the public name of several models that it was; None for one of its own.
         mode: `auto` when nothing in the request decides it.
         mode_field: the field that decided `mode`; None for `auto`.
         thinking_tokens: explicit cap; UNCAPPED for the most that is allowed; None when no number is given.
@@ -88,6 +89,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     has_tools: bool = False
     forces_call: bool = False
     degrade: tuple[Step, ...] | None = None
+    named: str | None = None
 
 
 def split_suffix(name: str, known: object) -> tuple[str, str | None]:

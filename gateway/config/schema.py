@@ -180,9 +180,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _has_backends(self) -> Self:
         if self.targets:
-            raise ValueError("`targets` is not built yet: give this name `backends` of its own")
+            if others := sorted(self.model_fields_set - {"targets"}):
+                raise ValueError(f"has `targets`, so `{others[0]}` belongs to the models that they name")
+            return self
         if not self.backends:
-            raise ValueError("needs at least one entry in `backends`")
+            raise ValueError("needs at least one entry in `backends`, or in `targets`")
         ids = [backend.id for backend in self.backends]
         if len(set(ids)) < len(ids):
             raise ValueError(f"backend ids must be distinct, got {ids}")
@@ -265,6 +267,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         problems = [
+            *self._target_problems(),
             *self._key_problems(),
             *self._limit_problems(),
             *self._server_problems(),
@@ -273,6 +276,20 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _target_problems(self) -> list[str]:
+        own = [name for name, model in self.models.items() if not model.targets]
+        return [
+            f"models.{name}.targets[{i}].model: {target.model!r} is no model with `backends` ({', '.join(own)})"
+            for name, model in self.models.items()
+            for i, target in enumerate(model.targets)
+            if target.model not in own
+        ]
+
+    def behind(self, name: str) -> list[str]:
+        """The models that a public name stands for: itself, or its targets."""
+        targets = self.models[name].targets if name in self.models else ()
+        return [target.model for target in targets] or [name]
 
     def _key_problems(self) -> list[str]:
         counts = Counter(key.id for key in self.keys)
@@ -303,7 +320,8 @@ class Config(Section):
         known: dict[str, Collection[str]] = {"model": self.models, "key": keys}
         if name not in known.get(kind, [name]):
             problems.append((".scope", f"{name!r} is not under `{kind}s` ({', '.join(known[kind])})"))
-        reached = [name] if kind == "model" else list(self.models)
+        names = [name] if kind == "model" else list(self.models)
+        reached = [model for one in names for model in self.behind(one)]
         without = [m for m in reached if m in self.models and self.models[m].price_usd_per_mtok is None]
         if limit.unit == "usd" and without:
             text = f"a usd limit needs models.{without[0]}.price_usd_per_mtok, or it could not be held"

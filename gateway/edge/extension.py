@@ -163,6 +163,32 @@ class CascadeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     window_tokens: int | None = None
 
 
+class TargetArmReport(Struct, frozen=True, kw_only=True):
+    """One model in one mode as it was weighed."""
+
+    model: str
+    mode: Literal["instant", "reasoning"]
+    quality: float
+    cost_usd: float
+    utility: float
+
+
+class TargetReport(Struct, frozen=True, kw_only=True):
+    """Which of several models a public name came to.
+
+    Attributes:
+        name: as it was asked for.
+        model: that it came to.
+        reason: why.
+        arms: what was weighed.
+    """
+
+    name: str
+    model: str
+    reason: str
+    arms: tuple[TargetArmReport, ...]
+
+
 class Report(Struct, kw_only=True):
     """The `thinkgate` object."""
 
@@ -182,6 +208,7 @@ class Report(Struct, kw_only=True):
     degraded: tuple[Degraded, ...] | msgspec.UnsetType = msgspec.UNSET
     decision: DecisionReport | msgspec.UnsetType = msgspec.UNSET
     cascade: CascadeReport | msgspec.UnsetType = msgspec.UNSET
+    target: TargetReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):
@@ -205,6 +232,7 @@ class RouteReport(Struct, kw_only=True):
         cap: as a response would have it.
         hold: what would be held.
         cascade: whether an instant draft would be judged first; null where none is wanted.
+        target: which of several models the name came to; null for a name of one.
     """
 
     object: str = "thinkgate.route"
@@ -216,6 +244,7 @@ class RouteReport(Struct, kw_only=True):
     cap: CapReport
     hold: Spent
     cascade: CascadeReport | None
+    target: TargetReport | None
     request_id: str
 
 

@@ -129,7 +129,7 @@ def test_two_models_do_not_share_a_default() -> None:
         ),
         ("models.qwen3.thinking", {"start": "x", "end": "x"}, "models.qwen3.thinking: start and end must differ"),
         ("models.qwen3.answer.max_tokens", 0, "models.qwen3.answer.max_tokens: Input should be greater than 0"),
-        ("models.qwen3.targets", [{"model": "x"}], "models.qwen3: `targets` is not built yet"),
+        ("models.qwen3.targets", [{"model": "x"}], "models.qwen3: has `targets`, so `"),
         (
             "models.qwen3.effort_tokens",
             {"huge": 5},

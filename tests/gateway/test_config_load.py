@@ -28,7 +28,7 @@ models:
       - {id: b, url: "http://127.0.0.1:8001"}
 """
 
-# The sample of the specification, less what is not built: targets, the sqlite store.
+# The sample of the specification, less what it has as comments.
 SAMPLE = """
 server:
   host: 127.0.0.1

@@ -113,6 +113,7 @@ def test_a_line_can_hold_nothing_but_facts() -> None:
         "replayed",
         "decision",
         "cascade",
+        "target",
     )
 
 
