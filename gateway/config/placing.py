@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gateway.config.base import PositiveInt, Section
+from gateway.config.base import NonNegativeInt, PositiveInt, Section
 
 
 class PlacementConfig(Section):
@@ -17,6 +17,7 @@ class PlacementConfig(Section):
 
     index: Literal["predicted", "off"] = "predicted"
     isolate: bool = True
+    side_by_side: NonNegativeInt = 64
     ttl_s: float = Field(600, gt=0)
     cache_tokens: PositiveInt = 262144
     poll_s: float = Field(1, gt=0)
