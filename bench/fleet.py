@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,6 +37,7 @@ class Request:
         at_s: when it arrives.
         prompt: blocks, each named after everything up to its end.
         output: blocks of its answer.
+        is_retried: the replica that it was placed on was lost; whoever tries again waits at no gateway.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Request:
     prompt: list[int]
     output: list[int]
     first_token_s: float | None = None
+    is_retried: bool = False
 
 
 def trace(seed: int, requests: int, per_s: float, *, apps: int = 120) -> list[Request]:
@@ -173,8 +175,8 @@ class Replica:
 class Policy(Protocol):
     """Who serves a call; told what a gateway would be told."""
 
-    def choose(self, request: Request, up: list[int], now_s: float) -> int:
-        """One of the replicas that are up."""
+    def choose(self, request: Request, up: list[int], now_s: float) -> int | None:
+        """One of the replicas that are up; None: the call waits at the gateway, and is asked about again."""
 
     def began(self, request: Request, replica: int, now_s: float) -> None:
         """Its first token arrived."""
@@ -190,12 +192,17 @@ class Policy(Protocol):
 
 
 class Play:
-    """One policy over one trace; `events` says what happens next."""
+    """One policy over one trace; `events` says what happens next.
+
+    Attributes:
+        held: calls that wait at the gateway, in order.
+    """
 
     def __init__(self, policy: Policy, requests: list[Request], replicas: int, *, slow: int | None) -> None:
         self.policy = policy
         self.fleet = [Replica(0.5 if i == slow else 1.0) for i in range(replicas)]
         self.up = list(range(replicas))
+        self.held: deque[Request] = deque()
         self._order = itertools.count()
         self._events: list[tuple[float, int, str, int, int, Request | None]] = []
         self._at: dict[int, int] = {}
@@ -222,10 +229,22 @@ class Play:
                 yield at_s, what, replica, request
 
     def place(self, request: Request, now_s: float) -> None:
-        """Let the policy choose, and queue the call there."""
-        found = self._at[request.number] = self.policy.choose(request, self.up, now_s)
-        self.fleet[found].waiting.append(request)
-        self._next(found, now_s)
+        """Let the policy choose, and queue the call there, or behind those that wait at the gateway."""
+        self.held.append(request)
+        self.go_on(now_s)
+
+    def go_on(self, now_s: float) -> None:
+        """Place calls that wait at the gateway, as long as the policy lets them go."""
+        while self.held:
+            found = self.policy.choose(self.held[0], self.up, now_s)
+            if found is None:
+                return
+            self._queue(self.held.popleft(), found, now_s)
+
+    def _queue(self, request: Request, replica: int, now_s: float) -> None:
+        self._at[request.number] = replica
+        self.fleet[replica].waiting.append(request)
+        self._next(replica, now_s)
 
     def _next(self, replica: int, now_s: float) -> None:
         first_s = self.fleet[replica].begin()
@@ -250,6 +269,7 @@ class Play:
         server.cache.leave(request.prompt + request.output)
         self.policy.ended(request, replica, now_s)
         self._next(replica, now_s)
+        self.go_on(now_s)
 
     def lose(self, replica: int, now_s: float, alive: dict[int, Request]) -> None:
         """A replica dies: calls without a first token go elsewhere, the others are lost to their clients."""
@@ -261,7 +281,10 @@ class Play:
             self.policy.ended(request, replica, now_s)
         self.policy.lost(replica)
         for request in orphans:
-            self.place(request, now_s)
+            request.is_retried = True
+            found = self.policy.choose(request, self.up, now_s)
+            assert found is not None, "a call that is tried again does not wait"
+            self._queue(request, found, now_s)
         self._push(now_s + GONE_S, "back", replica)
 
 
@@ -295,6 +318,7 @@ def play(policy: Policy, requests: list[Request], replicas: int, *, loses: bool 
             run.lose(replica, now_s, by_number)
         elif what == "back":
             run.up.append(replica)
+            run.go_on(now_s)
         elif what == "poll" and now_s <= end_s:
             for i in run.up:
                 server = run.fleet[i]
@@ -304,6 +328,7 @@ def play(policy: Policy, requests: list[Request], replicas: int, *, loses: bool 
             if sum(loads) >= len(loads):
                 ratios.append(max(loads) * len(loads) / sum(loads))
             before_s = now_s
+            run.go_on(now_s)
     waits_ms = sorted(1000 * (r.first_token_s - r.at_s) for r in requests if r.first_token_s is not None)
     blocks = sum(len(request.prompt) for request in requests)
     return Figures(

@@ -12,6 +12,9 @@ from collections import Counter
 from hashlib import blake2b
 
 from bench.fleet import BLOCK, CACHE_BLOCKS, Request
+from gateway.config.placing import PlacementConfig
+from gateway.load import Load
+from gateway.placing import Standing
 from router.placement import Candidate, home, place
 from router.prefix import Predicted
 
@@ -132,18 +135,30 @@ class CacheAwareTree(Counted):
 
 
 class Ours(Counted):
-    """router/placement.py over router/prefix.py, with what the gateway tells them."""
+    """router/placement.py over router/prefix.py, with what the gateway tells them.
 
-    def __init__(self, replicas: int, seed: int) -> None:
+    Args:
+        waits: calls wait at the gateway while every replica says that it is full (gateway/admission.py): what waits
+            there can still go to one that comes back.
+    """
+
+    def __init__(self, replicas: int, seed: int, *, waits: bool = True) -> None:
         super().__init__(replicas, seed)
+        self._waits = waits
         self._ids = [_point(str(i)) for i in range(replicas)]
         self._caches = [Predicted(CACHE_BLOCKS) for _ in range(replicas)]
         self._pending: Counter[int] = Counter()
         self._left: dict[int, int] = {}
-        self._said = [(0, 0.0)] * replicas
+        self._standings = [Standing(str(i), PlacementConfig()) for i in range(replicas)]
 
-    def choose(self, request: Request, up: list[int], now_s: float) -> int:
+    def _has_room(self, up: list[int]) -> bool:
+        limits = [(self._standings[i].limit, self.calls[i]) for i in up]
+        return any(limit is None or calls < limit for limit, calls in limits)
+
+    def choose(self, request: Request, up: list[int], now_s: float) -> int | None:
         """See the protocol."""
+        if self._waits and not request.is_retried and not self._has_room(up):
+            return None
         prompt = request.prompt
         at_home = up[home(prompt[0], [self._ids[i] for i in up])]
         candidates = [
@@ -155,7 +170,7 @@ class Ours(Counted):
                 cached_tokens=self._caches[i].overlap(prompt, now_s) * BLOCK,
                 pending_tokens=self._pending[i],
                 waiting=0,
-                kv_use=self._said[i][1],
+                kv_use=self._standings[i].kv_use,
                 is_home=i == at_home,
             )
             for i in up
@@ -180,8 +195,10 @@ class Ours(Counted):
 
     def polled(self, replica: int, waiting: int, kv_use: float) -> None:
         """See the protocol."""
-        self._said[replica] = waiting, kv_use
+        load = Load(running=0, waiting=waiting, kv_use=kv_use, cache_tokens=None)
+        self._standings[replica].hear(load, 4.0, self.calls[replica])
 
     def lost(self, replica: int) -> None:
         """See the protocol."""
         self._caches[replica].clear()
+        self._standings[replica].forget()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from router.health import outliers, slow_start
-from router.placement import Candidate, home, place
+from router.placement import Bounded, Candidate, Capable, Healthy, home, place
 from router.prefix import BLOCK_BYTES, MOST_BLOCKS, Agreement, Predicted, byte_chain, seed, token_chain
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ class Placing:
     def __init__(self, upstream: str, config: PlacementConfig) -> None:
         self.upstream, self.config = upstream, config
         self.seed = seed(upstream)
+        self._filters = (Healthy(), Capable(), Bounded(side_by_side=config.side_by_side))
         self.bytes_per_token = BYTES_PER_TOKEN
 
     def prompt(self, call: Call | None) -> Prompt:
@@ -238,11 +239,11 @@ class Placing:
         usable = [candidate.is_usable for candidate in candidates]
         for candidate, slot in zip(candidates, slots, strict=True):
             candidate.is_usable &= slot.breaker.allows(now_s)
-        placement = place(candidates, random.choice, prompt.tokens)
+        placement = place(candidates, random.choice, prompt.tokens, filters=self._filters)
         if placement is None:  # better one that failed of late than nobody
             for candidate, is_usable in zip(candidates, usable, strict=True):
                 candidate.is_usable = is_usable
-            placement = place(candidates, random.choice, prompt.tokens)
+            placement = place(candidates, random.choice, prompt.tokens, filters=self._filters)
         if placement is None:
             return None
         slot = slots[placement.position]

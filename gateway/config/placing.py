@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from gateway.config.base import PositiveInt, Section
+from gateway.config.base import NonNegativeInt, PositiveInt, Section
 
 HOST = "{host}"
 
@@ -47,6 +47,7 @@ class PlacementConfig(Section):
     index: Literal["exact", "predicted", "off"] = "predicted"
     tokens_wait_s: float = Field(0.05, gt=0, le=5)
     isolate: bool = True
+    side_by_side: NonNegativeInt = 64
     ttl_s: float = Field(600, gt=0)
     cache_tokens: PositiveInt = 262144
     poll_s: float = Field(1, gt=0)

@@ -23,6 +23,13 @@ def test_every_policy_serves_every_call(name: str) -> None:
     assert policy.calls == [0, 0, 0]  # type: ignore[attr-defined]  # all of them derive from Counted
 
 
+def test_calls_that_wait_at_the_gateway_go_to_whoever_comes_back() -> None:
+    """With one of two lost at a load that is too much for the other, waiting at the gateway pays twice."""
+    waited, placed = (play(Ours(2, 1, waits=waits), trace(3, 600, 10.0), 2) for waits in (True, False))
+    assert waited.hit_rate > placed.hit_rate
+    assert waited.p99_ttft_ms < placed.p99_ttft_ms
+
+
 def test_equal_seeds_give_equal_figures() -> None:
     """Nothing but the seeds decides a run."""
     assert run(Ours(3, 1)) == run(Ours(3, 1))
@@ -54,7 +61,7 @@ def test_the_verdict_names_who_is_better_on_both() -> None:
     half = {"policy": "half", **load, "hit_rate": 0.9, "p99_ttft_ms": 101.0}
     both = {"policy": "both", **load, "hit_rate": 0.9, "p99_ttft_ms": 99.0}
     elsewhere = {**both, "replicas": 8}
-    assert beaten([ours, half]) == []
+    assert beaten([ours, half, {**both, "policy": "thinkgate_unqueued"}]) == []
     assert beaten([ours, half, both, {**elsewhere}, {**ours, "replicas": 8, "hit_rate": 1.0}]) == [
         {"policy": "both", **load}
     ]

@@ -214,6 +214,15 @@ def test_trust_needs_enough_calls_to_be_lost() -> None:
     assert not agreement.is_trusted
 
 
+def test_the_bound_on_load_can_hold_at_every_size() -> None:
+    """With nothing allowed side by side, equal prompts in a row spread as far as the bound says, hit or not."""
+    for side_by_side, allowed in ((64, {12}), (0, {4, 5})):
+        model = model_of(3, side_by_side=side_by_side)
+        for _ in range(12):
+            Attempts(model, call("x" * 9000)).next().__enter__()
+        assert max(slot.in_flight for slot in model.slots) in allowed
+
+
 @pytest.mark.parametrize(
     "lie",
     [
