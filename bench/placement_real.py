@@ -35,7 +35,7 @@ NAME = "smollm2"
 KV_BLOCKS, BLOCK_TOKENS = 160, 32
 HEADS, HEAD_WORDS = 12, 560  # about 600 tokens each: all of them are half as much again as one server holds
 CALLERS = 3
-START_S = 300
+START_S = 900  # of imports, mostly, on a machine that others use
 AGREES_WITHIN = 0.1
 WORDS = ("amber", "brook", "cliff", "delta", "ember", "field", "grove", "house", "inlet", "jetty", "knoll", "lakes")
 _PREFIX = re.compile(r"^thinkgate_prefix_tokens_total\{(.*)\} (\S+)$", re.MULTILINE)
@@ -79,7 +79,14 @@ class Server:
 
     def wait_up(self) -> None:
         """Until it answers. Raises: RuntimeError."""
-        wait(lambda: get(f"{self.url}/health") is not None, f"vLLM {self.id}; see {self.folder}")
+
+        def is_up() -> bool:
+            if self.process is not None and self.process.poll() is not None:
+                tail = (self.folder / f"{self.id}.log").read_text(errors="replace").splitlines()[-20:]
+                raise RuntimeError("\n".join(["vLLM ended:", *tail]))
+            return get(f"{self.url}/health") is not None
+
+        wait(is_up, f"vLLM {self.id}")
 
     def kill(self) -> None:
         """At once, with its engine."""
