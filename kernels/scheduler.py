@@ -105,6 +105,11 @@ class Scheduler:
         """Sequences that have blocks."""
         return len(self._running)
 
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Those that have blocks, in their order; to be read only."""
+        return tuple(self._running)
+
     def submit(self, job: Job) -> None:
         """Queue a request."""
         n = job.request.options.n

@@ -146,9 +146,9 @@ def test_blocks_in_use_are_the_distinct_blocks_of_the_tree(llama):
     assert all(desk.scheduler.fork(job, 0, twin) for twin in range(1, 6))
     for _ in range(40):
         desk.run(steps=1)
-        sequences = [each.ids[: each.done] for each in desk.scheduler._running]
+        sequences = [each.ids[: each.done] for each in desk.scheduler.sequences]
         full, tails = full_blocks(sequences, llama.block_tokens)
-        branches = [each.branch for each in desk.scheduler._running if each.branch is not None]
+        branches = [each.branch for each in desk.scheduler.sequences if each.branch is not None]
         shared = {branch.blocks[-1] for branch in branches if branch.tail}
         trie = desk.scheduler.trie
         assert llama.kv_blocks - trie.room == full + len(shared)
