@@ -228,9 +228,14 @@ class Engine:
                 is_closing, left = self._is_closing, tuple(self._live)
             if is_closing:
                 break
-            for what in asked:
-                what()
-            self._scheduler.step()
+            try:
+                for what in asked:
+                    what()
+                self._scheduler.step()
+            except Exception as error:  # noqa: BLE001 - the boundary: the thread has to serve whoever comes next
+                # What one request breaks is dealt with below; this is our own bug, and nobody's state can be trusted.
+                for job in left:
+                    self._scheduler.abort(job, error)
         for job in left:
             self._scheduler.abort(job, EngineClosed())
 

@@ -217,6 +217,16 @@ def test_a_failing_request_does_not_take_the_engine_along(engine, model, caplog)
     assert isinstance(Caller(engine).ask().all()[-1], Finished)
 
 
+def test_a_broken_step_ends_who_is_there_and_no_more(engine, monkeypatch):
+    """If scheduling itself fails, all requests that are there are told, and the next one is served."""
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._scheduler, "_admit", lambda: 1 / 0)
+        (failed,) = Caller(engine).ask().all()
+        assert isinstance(failed.error, GenerationFailed)
+        assert engine.wait_until_idle(WAIT_S)
+    assert isinstance(Caller(engine).ask().all()[-1], Finished)
+
+
 def test_a_caller_that_is_gone_does_not_take_the_engine_along(engine):
     """When delivery fails because the caller's loop is closed, its request ends and the next is served."""
 
