@@ -82,8 +82,10 @@ class Attempts:
         return [each for each in self._model.slots if each in (slot, *self._tried) or not _is_fit(each, now_s)]
 
     def lost(self, slot: Slot) -> None:
-        """A try ends since another one answered first: that is no failure, and as a probe it proves nothing."""
-        slot.breaker.left(self._placed_s.pop(slot))
+        """A try ends since another one answered first. That is no failure, but of the probe of an open breaker."""
+        placed_s, now_s = self._placed_s.pop(slot), self._model.clock()
+        if slot.breaker.state(now_s) == "half_open":  # else every call would begin there as the next probe, and be late
+            slot.breaker.failed(now_s, placed_s)
 
     def began(self, slot: Slot) -> None:
         """The first byte came; any number of times."""
