@@ -197,6 +197,5 @@ async def test_fallbacks_skip_the_budget(scripted: ScriptedBackend) -> None:
             other.forget()
             scripted.default = refusal(500, "out of memory", "InternalServerError")
             answer = await live_ask(gateway, INSTANT)
-            assert (answer.status, answer.error["code"]) == (429, "budget_exceeded")
-            assert "model:dear" in answer.error["message"]
+            assert (answer.status, answer.error["code"]) == (502, "upstream_error")  # what went wrong first
             assert other.calls == []
