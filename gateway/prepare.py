@@ -15,6 +15,8 @@ import msgspec
 from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
 from budget.degrade import Step
 from budget.ledger import Amounts
+from budget.price import PriceTable
+from gateway.asides import NO_ASIDE, Aside, Planning, aside_of, headings_tokens, may_be_planned, planning_for
 from gateway.ask.fields import check_choices, check_continued, upstream_fields
 from gateway.ask.hear import Heard, hear
 from gateway.ask.request import RawFields
@@ -27,7 +29,6 @@ from gateway.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
 from gateway.modes.reasoning import Stops
-from gateway.modes.summary import most_used
 from router.mode import Mode, ModeDecision, ModeFacts, ModeForbidden, decide_mode
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ class Prepared(msgspec.Struct, frozen=True):
         ceiling: the most it can use, to be held.
         enforcer: how the cap is held.
         slack: output tokens per choice that holding it may waste.
-        aside: the most prompt and output tokens of all calls on the side; none: no summary will be made.
+        aside: the most that all calls on the side can use.
         stops: stop strings the gateway matches itself.
         steps: down the degrade ladder, those it may take if its limits refuse it.
         degraded: those it has taken.
+        planning: how it is planned; None: it is not.
     """
 
     ask: Ask
@@ -65,10 +67,11 @@ class Prepared(msgspec.Struct, frozen=True):
     ceiling: Amounts
     enforcer: Enforcement
     slack: int = 0
-    aside: tuple[int, int] = (0, 0)
+    aside: Aside = NO_ASIDE
     stops: Stops = NO_STOPS
     steps: tuple[Step, ...] = ()
     degraded: tuple[Degraded, ...] = ()
+    planning: Planning | None = None
 
     @property
     def choices(self) -> int:
@@ -132,7 +135,8 @@ def decide(
         )
     decision, bounds, cap, report, slack = _bounded(heard, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
-    max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
+    planning = planning_for(ask, model, models, report, decision.verdict) if is_thinking else None
+    max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced + headings_tokens(planning))
     stops, raw = _own_stops(raw, in_thinking=ask.stop_in_thinking) if is_thinking else (NO_STOPS, raw)
     thinking = model.thinking
     call = Call(
@@ -157,12 +161,13 @@ def decide(
         wants_token_ids=ask.wants_token_ids,
         trace_headers=trace,
     )
-    aside = _aside(ask, call)
+    aside = aside_of(ask, model, call, planning, body_bytes)
     ceiling = ceiling_of(
         ask, model, report.tokens, max_tokens + slack, aside, body_bytes=body_bytes, media_parts=media_parts
     )
     steps = degrade_steps(key, ask.degrade)
-    return Prepared(ask, model, decision, call, report, ceiling, Enforcement(needs), slack, aside, stops, steps)
+    held = ceiling, Enforcement(needs), slack, aside
+    return Prepared(ask, model, decision, call, report, *held, stops, steps, planning=planning)
 
 
 def _salt(key: Key, config: Config) -> str | None:
@@ -226,6 +231,7 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues:
         min_thinking=ask.min_thinking,
         is_native=model.thinking.native,
         continues=continues,
+        has_course=is_chat and may_be_planned(ask, model),
     )
 
 
@@ -350,21 +356,12 @@ def _own_stops(raw: RawFields, *, in_thinking: bool) -> tuple[Stops, RawFields]:
     return Stops((stop,) if isinstance(stop, str) else tuple(stop), keep, in_thinking), rest
 
 
-def _aside(ask: Ask, call: Call) -> tuple[int, int]:
-    """The most prompt and output tokens that summarising every choice's thinking takes, if that is to be done."""
-    if ask.summary is None or not call.thinking.enabled:
-        return 0, 0
-    cap = call.thinking.cap
-    prompt, output = most_used(ask.summary, call.max_tokens if cap is None else min(cap, call.max_tokens))
-    return ask.n * prompt, ask.n * output
-
-
 def ceiling_of(
     ask: Ask,
     model: Model,
     cap: int | None,
     max_tokens: int,
-    aside: tuple[int, int],
+    aside: Aside,
     *,
     body_bytes: int,
     media_parts: int = 0,
@@ -373,14 +370,16 @@ def ceiling_of(
     # A body's bytes bound the tokens of its text.
     prompt = TEMPLATE_MARGIN_TOKENS + body_bytes + MEDIA_PART_TOKENS * media_parts
     choices = ask.n * ask.prompts
-    aside_prompt, aside_output = aside
+    own = aside if aside.prices is None else NO_ASIDE
+    elsewhere = PriceTable() if aside.prices is None else aside.prices
     thinking = max_tokens if cap is None else min(cap, max_tokens)
     return Amounts(
-        tokens=prompt + choices * max_tokens + aside_prompt + aside_output,
+        tokens=prompt + choices * max_tokens + aside.tokens(),
         thinking_tokens=choices * thinking,
         nano_usd=model.prices.ceiling_nano_usd(
-            prompt=prompt + aside_prompt,
+            prompt=prompt + own.prompt,
             thinking=choices * thinking,
-            answer=choices * (max_tokens - thinking) + aside_output,
-        ),
+            answer=choices * (max_tokens - thinking) + own.output,
+        )
+        + elsewhere.ceiling_nano_usd(prompt=aside.prompt, thinking=0, answer=aside.output),
     )

@@ -26,6 +26,8 @@ from gateway.errors import BudgetStoreUnreachable, DeadlinePassed, Headers, Limi
 from gateway.fallback import Fallbacks
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
+from gateway.modes.planned import planned
+from gateway.modes.planner import Planner
 from gateway.modes.reasoning import reasoning
 from gateway.modes.summary import Summaries
 from gateway.prepare import TEMPLATE_MARGIN_TOKENS
@@ -116,7 +118,7 @@ class Answer:
         ask = prepared.ask
         bounds = ask.envelope
         most_output = (prepared.call.max_tokens + prepared.slack) * prepared.choices
-        most_prompt = prepared.ceiling.tokens - most_output - sum(prepared.aside)
+        most_prompt = prepared.ceiling.tokens - most_output - prepared.aside.tokens()
         self._run = Run(
             model=prepared.model,
             call=prepared.call,
@@ -141,6 +143,8 @@ class Answer:
             tenant=key.salt or key.id,
         )
         self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
+        if prepared.planning is not None:
+            self._run.courses = prepared.planning.courses(prepared.model)
         if self._run.envelope.deadline_s is not None:
             watched.bound(self._run.envelope.deadline_s)
 
@@ -163,6 +167,9 @@ class Answer:
         if self._prepared.decision.mode == "instant":
             return instant(self._run)
         deltas = reasoning(self._run, self._prepared.stops)
+        planning, courses = self._prepared.planning, self._run.courses
+        if planning is not None and courses is not None:
+            deltas = planned(deltas, courses, Planner(self._run, planning.planner, self._prepared.model.config.plan))
         return deltas if self._summaries is None else self._summaries.deltas(deltas)
 
     async def _plain(self) -> None:
@@ -318,6 +325,8 @@ class Answer:
             report.summary = self._summaries.outcome
         if prepared.degraded:
             report.degraded = prepared.degraded
+        if run.courses is not None:
+            report.plan = run.courses.report()
         if prepared.decision.verdict is not None:
             report.decision = DecisionReport.of(prepared.decision.verdict)
         return UsageReport.of(counts), report

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from budget.degrade import Step
+from budget.plan import Reason
 from budget.tokens import TokenCounts
 from router.features import NAMES
 
@@ -77,6 +78,36 @@ class Degraded(Struct, frozen=True, kw_only=True, rename={"was": "from"}):
     to: int | str
     scope: str
     unit: str
+
+
+class StepReport(Struct, frozen=True):
+    """One step of a plan: its part of the thinking, what it borrowed included, and what it thought."""
+
+    tokens: int
+    thinking: int
+
+
+class PlanReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of a plan.
+
+    Attributes:
+        outcome: `planned`, or why there was no plan: `not_needed`, `too_small`, `not_json`, `no_steps`, `failed`,
+            `spent` or `unencodable`.
+        planner: the model that was asked, or would have been.
+        level: of the whole task, 1 to 5, where it is known.
+        tokens: thinking tokens that the steps shared.
+        schedule: how.
+        repaired: what the planner said had to be mended.
+        steps: those of the first choice that were begun.
+    """
+
+    outcome: Reason | Literal["planned"]
+    planner: str
+    level: int | None = None
+    tokens: int = 0
+    schedule: str = ""
+    repaired: bool = False
+    steps: tuple[StepReport, ...] = ()
 
 
 class Spent(Struct, kw_only=True):
@@ -162,6 +193,7 @@ class Report(Struct, kw_only=True):
     summary: SummaryReport | msgspec.UnsetType = msgspec.UNSET
     degraded: tuple[Degraded, ...] | msgspec.UnsetType = msgspec.UNSET
     decision: DecisionReport | msgspec.UnsetType = msgspec.UNSET
+    plan: PlanReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):

@@ -78,10 +78,16 @@ class Chains:
         )
         if trial is not None:
             await self._try_answer(trial)
+        courses = None if lost else self._run.courses
+        if courses is not None:
+            await courses.begin(self._call, self._backend, self._found)
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
         for at, which in enumerate(wanted):
-            chain = Chain(self._prompt, self._forcing, self._rules, is_open=is_open, has_closed=has_closed)
+            course = None if courses is None or has_closed else courses.new()
+            chain = Chain(
+                self._prompt, self._forcing, self._rules, is_open=is_open, has_closed=has_closed, course=course
+            )
             if isinstance(which, TakeOver):
                 index = which.index
                 step = self._resumed(chain, which)
@@ -267,7 +273,7 @@ class Chains:
             out.append(delta)
         if forced:
             is_wait = bool(step.shown) and choice.chain.phase == "thinking"
-            text = WAIT if is_wait else self._call.thinking.wrap_up if step.shown else ""
+            text = step.told or (WAIT if is_wait else self._call.thinking.wrap_up if step.shown else "")
             ids = list(step.forced)
             out.append(Delta(index=index, kind=Kind.THINKING, text=text, injected=forced, token_ids=ids))
         if step.answer or step.begins_call:
@@ -279,7 +285,7 @@ class Chains:
         if step.ended_by is not None:
             out[-1].capped = step.ended_by == "cap"
             self._run.enforced.ended_by = step.ended_by
-        self._run.enforced.waits += choice.chain.phase == "thinking" and bool(step.shown)
+        self._run.enforced.waits += choice.chain.phase == "thinking" and bool(step.shown) and not step.told
         return out
 
     def _last(self, choice: Choice, delta: Delta, finish: str, stop: object) -> Delta:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from budget.tokens import TokenCounts
     from gateway.backends.port import Call, Express
     from gateway.models import Model
+    from gateway.modes.courses import Courses
     from gateway.slots import Slot
     from gateway.tally import Tally
 
@@ -92,6 +93,7 @@ class Run:
         guard: watches that the cap is held, once there is something to watch.
         is_cut: what is being read now is to be closed.
         tenant: in whose turn it waits, where it has to.
+        courses: what its chains go along; None: only their bounds.
     """
 
     model: Model
@@ -115,6 +117,7 @@ class Run:
     is_cut: bool = False
     deliver: Callable[[bytes], bool] | None = None
     tenant: str = ""
+    courses: Courses | None = None
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""

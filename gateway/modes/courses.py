@@ -1,0 +1,110 @@
+"""What the chains of one request go along: its plan, put before the model in its own tokens.
+
+Owns: turning a plan into headings and parts, giving each chain a course of its own, and telling what became of it.
+Does not
+own: plans (budget/plan.py), courses (budget/course.py), following them (chains.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from budget.allocate import level_budget, shares, whole
+from budget.course import Course, Told
+from budget.plan import NoPlan, Plan
+from budget.steps import Steps
+from gateway.edge.extension import PlanReport, StepReport
+from gateway.errors import GatewayError
+
+if TYPE_CHECKING:
+    from gateway.backends.port import Backend, Call, Capabilities
+    from gateway.config.planning import PlanConfig
+
+_MARKERS = re.compile(r"<\|[^|>]*\|>|</?\w*think\w*>|</?tool_call>", re.IGNORECASE)
+
+
+class Courses:
+    """The courses of one request.
+
+    Args:
+        settings: of its model.
+        planner: the public name of the model that plans.
+        plan: what is known before anybody was asked: a reason why nobody will be.
+
+    Attributes:
+        plan: what the planner said; None until it has.
+    """
+
+    def __init__(self, settings: PlanConfig, planner: str, plan: Plan | NoPlan | None = None) -> None:
+        self._settings = settings
+        self._planner = planner
+        self.plan = plan
+        self._budget = 0
+        self._weights: Sequence[float] = ()
+        self._headings: list[Told] = []
+        self._made: list[Course] = []
+
+    async def begin(self, call: Call, backend: Backend, found: Capabilities) -> None:
+        """Put the plan into the tokens of the backend that will follow it; without effect where there is none."""
+        plan, settings = self.plan, self._settings
+        if not isinstance(plan, Plan):
+            return
+        most, table = call.thinking.cap or 0, settings.level_tokens
+        self._budget = min(most, level_budget(plan.level, table)) if table else most
+        weights = shares([step.credits for step in plan.steps], settings.schedule, keeps_trend=settings.keeps_trend)
+        texts = headings(plan, whole(self._budget, weights), is_single=settings.carry_out == "single")
+        self._weights = weights if settings.carry_out == "steps" else [1.0]
+        try:
+            self._headings = [Told(tuple(await backend.encode(text)), text) for text in texts]
+        except GatewayError:
+            self._headings = []
+        # A marker, or what begins a call, that somehow came through would end the thinking, or never begin.
+        forcing = found.forcing
+        markers = {found.tool_opener} if forcing is None else {forcing.start_id, forcing.end_id, found.tool_opener}
+        if not self._headings or any(markers & set(told.ids) for told in self._headings):
+            self.plan = NoPlan("unencodable", plan.level)
+
+    def new(self) -> Course | None:
+        """A course for one more chain."""
+        if not isinstance(self.plan, Plan):
+            return None
+        steps = Steps(self._budget, self._weights, borrows=self._settings.borrows)
+        course = Course(steps, self._headings)
+        self._made.append(course)
+        return course
+
+    def report(self) -> PlanReport:
+        """What became of the plan, as the response tells it: the steps are those of the first choice."""
+        plan = self.plan
+        if not isinstance(plan, Plan):
+            reason = "failed" if plan is None else plan.reason
+            return PlanReport(outcome=reason, planner=self._planner, level=None if plan is None else plan.level)
+        steps = self._made[0].steps if self._made else None
+        return PlanReport(
+            outcome="planned" if steps is not None else "too_small",
+            planner=self._planner,
+            level=plan.level,
+            tokens=self._budget,
+            schedule=self._settings.schedule,
+            repaired=plan.repaired,
+            steps=() if steps is None else tuple(map(StepReport, steps.caps, steps.used)),
+        )
+
+
+def headings(plan: Plan, tokens: Sequence[int], *, is_single: bool) -> list[str]:
+    """What the model reads in its thinking before each step, or, as one, before all of them."""
+    count = len(plan.steps)
+    lines = [
+        f"Step {i} of {count} (about {most} tokens): {_harmless(step.question)}\n"
+        for i, (step, most) in enumerate(zip(plan.steps, tokens, strict=True), 1)
+    ]
+    return ["".join(lines) + "\n"] if is_single else [lines[0], *(f"\n\n{line}" for line in lines[1:])]
+
+
+def _harmless(question: str) -> str:
+    """A question without anything that a model might take for a marker."""
+    while (clean := _MARKERS.sub("", question)) != question:
+        question = clean
+    return question
