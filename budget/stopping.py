@@ -22,7 +22,7 @@ from budget.vote import normalised
 
 UNSURE = re.compile(r"\b(wait|hold|but|okay|no|hmm)\b", re.IGNORECASE)
 MOST_WAITS = 8
-FIRST_CONTROLS, CONTROL_EVERY = 4, 16
+FIRST_CONTROLS, CONTROL_EVERY, FORGET_EVERY = 4, 16, 8
 
 
 class StableAnswer:
@@ -78,9 +78,10 @@ class ProbeWorth:
         return len(self._lengths) >= FIRST_CONTROLS and self._begun % CONTROL_EVERY != 0
 
     def chance(self, made: int = 0) -> float:
-        """That probing ends a chain early which so many probes did not; even where nothing is known."""
+        """That probing ends a chain early which so many probes did not; where little is known of such, as for all."""
+        whole = (sum(stopped for _, stopped in self._probed) + 1) / (len(self._probed) + 2)
         like = [stopped for probes, stopped in self._probed if probes > made or (probes == made and not stopped)]
-        return (sum(like) + 1) / (len(like) + 2)
+        return (sum(like) + 2 * whole) / (len(like) + 2)
 
     def to_come(self, thinking: int, room: int) -> float:
         """Tokens that a chain which has thought so much is likely to add; all of `room` where none was as long."""
@@ -104,9 +105,9 @@ class ProbeWorth:
         self._probed.append((probes, stopped))
 
     def learn_length(self, thinking: int) -> None:
-        """A chain without a probe has thought so much; the oldest that had some is forgotten."""
+        """A chain without a probe has thought so much; now and then the oldest that had some is forgotten."""
         self._lengths.append(thinking)
-        if self._probed:
+        if self._probed and self._begun % FORGET_EVERY == 0:
             self._probed.popleft()
 
 

@@ -88,9 +88,10 @@ def test_probing_that_never_stops_anything_is_switched_off_and_tried_again() -> 
         assert probed < 64
     skipped = 0
     while not worth.is_worth(0, room=2000, missing=3):
+        worth.begin()
         worth.learn_length(2000)
         skipped += 1
-        assert skipped < 64
+        assert skipped < 256
     for _ in range(100):
         worth.learn(3, stopped=True)
     assert worth.chance() > 0.9
@@ -101,10 +102,8 @@ def test_a_chain_that_probes_did_not_stop_is_given_up() -> None:
     worth = known(2000, 2000, 2000, 2000)
     for at in range(20):
         worth.learn(3 if at % 2 else 8, stopped=bool(at % 2))
-    assert worth.chance(0) == 0.5
-    assert worth.chance(3) == worth.chance(4) == pytest.approx(1 / 12)
-    assert worth.chance(8) == pytest.approx(1 / 12)
-    assert worth.chance(9) == 0.5
+    assert worth.chance(0) == worth.chance(9) == 0.5
+    assert worth.chance(3) == worth.chance(8) == pytest.approx(1 / 12)
     assert worth.is_worth(64, 900, missing=3)
     assert not worth.is_worth(160, 900, missing=3, made=4)
 
@@ -132,7 +131,7 @@ def test_probes_cost_little_where_they_save_nothing(chance: float, length: int, 
             worth.learn(probes, stopped=stops and probes == 3)
         else:
             worth.learn_length(own)
-    assert spent - saved < 0.15 * thought
+    assert spent - saved < 0.1 * thought
 
 
 def test_a_nearly_certain_answer_stops_at_a_break() -> None:
