@@ -1,7 +1,7 @@
 """Which calls on the side a request may need, decided before anything is spent, and the most they can use.
 
-Owns: whether a request is planned and by whom, and what is held for planning and summarising. Pure. Does not own:
-making those calls (gateway/modes/planner.py, summary.py), counting them (tally.py).
+Owns: whether a request is planned and by whom, whether it is probed, and what is held for that and for summarising.
+Pure. Does not own: making those calls (gateway/modes/planner.py, summary.py), counting them (tally.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from gateway.errors import InvalidRequest
 from gateway.models import Model
 from gateway.modes.courses import Courses
 from gateway.modes.planner import most_prompt
+from gateway.modes.probing import Probing, probe_tokens
 from gateway.modes.summary import most_used
 
 if TYPE_CHECKING:
     from gateway.ask.resolve import Ask
     from gateway.backends.port import Call
     from gateway.edge.extension import CapReport
+    from gateway.modes.flow import Run
     from router.judge import Verdict
 
 # What planning an ordinary request takes; the most it may take is held, this is what it is weighed by.
@@ -41,10 +43,6 @@ class Planning(msgspec.Struct, frozen=True):
 
     planner: Model
     refused: NoPlan | None = None
-
-    def courses(self, model: Model) -> Courses:
-        """What the chains of a request to `model` go along; nothing yet."""
-        return Courses(model.config.plan, self.planner.name, self.refused)
 
 
 class Aside(NamedTuple):
@@ -76,6 +74,22 @@ def may_be_planned(ask: Ask, model: Model) -> bool:
     """Whether planning is wished for, and what is asked can be planned at all."""
     wish = ask.plan or model.config.plan.default
     return wish == "on" or (wish == "auto" and ask.n == 1 and not (ask.has_tools or ask.min_thinking))
+
+
+def may_be_probed(ask: Ask, model: Model) -> bool:
+    """Whether thinking is probed; not where probes could take from an envelope, or the answer may be a call."""
+    bounds = ask.envelope
+    is_bounded = bounds is not None and (bounds.tokens is not None or bounds.nano_usd is not None)
+    return model.probes is not None and not (is_bounded or ask.has_tools)
+
+
+def courses_for(ask: Ask, planning: Planning | None, run: Run) -> Courses | None:
+    """What the chains of a request that thinks go along; None where that is nothing but their bounds."""
+    config, worth = run.model.config, run.model.probes
+    probing = Probing(config.stop, worth, run) if worth is not None and may_be_probed(ask, run.model) else None
+    if planning is None:
+        return None if probing is None else Courses(config.plan, None, probing=probing)
+    return Courses(config.plan, planning.planner.name, planning.refused, probing)
 
 
 def planning_for(
@@ -124,7 +138,7 @@ def planner_tokens(planner: PriceTable, own: PriceTable) -> float:
 
 
 def aside_of(ask: Ask, model: Model, call: Call, planning: Planning | None, body_bytes: int) -> Aside:
-    """The most that planning, and summarising every choice's thinking, takes."""
+    """The most that planning, probing, and summarising every choice's thinking, takes."""
     if not call.thinking.enabled:
         return NO_ASIDE
     prompt = output = 0
@@ -133,6 +147,9 @@ def aside_of(ask: Ask, model: Model, call: Call, planning: Planning | None, body
         cap = call.thinking.cap
         once = most_used(ask.summary, call.max_tokens if cap is None else min(cap, call.max_tokens))
         prompt, output = ask.n * once[0], ask.n * once[1]
+    if may_be_probed(ask, model):
+        stop, cap = model.config.stop, call.thinking.cap or call.max_tokens
+        output += ask.n * min(stop.most_probes, cap // stop.every) * probe_tokens(stop)
     if planning is not None and planning.refused is None:
         prompt += most_prompt(body_bytes)
         output += model.config.plan.planner_tokens

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from budget.cap import Bounds
 from budget.price import PriceTable
+from budget.stopping import ProbeWorth
 from gateway.admission import Admission
 from gateway.ask.fields import Switches
 from gateway.backends.http_backend import HttpBackend
@@ -20,6 +21,7 @@ from gateway.backends.port import Backend
 from gateway.config.load import backend_api_key
 from gateway.enforcement import How, Needs, enforcement
 from gateway.errors import Overloaded
+from gateway.modes.probing import usual_tokens
 from gateway.names import Names
 from gateway.placing import Placing, Prompt
 from gateway.slots import Slot
@@ -45,6 +47,7 @@ class Model:
         prices: what its tokens cost.
         retries: how many calls may be tried again on another backend.
         admission: where calls wait while all backends are full.
+        probes: what is known of probing it; None: it is not probed.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Model:
         self.admission = admission or Admission(name, slots, routing.queue, clock)
         self.admission.use(slots, routing.queue)
         self.switches = Switches(self.thinking)
+        stop = config.stop
+        self.probes = None if stop.rule == "off" else ProbeWorth(stop.every, usual_tokens(stop))
         price = config.price_usd_per_mtok
         self.prices = (
             PriceTable()

@@ -16,7 +16,16 @@ from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
 from budget.degrade import Step
 from budget.ledger import Amounts
 from budget.price import PriceTable
-from gateway.asides import NO_ASIDE, Aside, Planning, aside_of, headings_tokens, may_be_planned, planning_for
+from gateway.asides import (
+    NO_ASIDE,
+    Aside,
+    Planning,
+    aside_of,
+    headings_tokens,
+    may_be_planned,
+    may_be_probed,
+    planning_for,
+)
 from gateway.ask.fields import check_choices, check_continued, upstream_fields
 from gateway.ask.hear import Heard, hear
 from gateway.ask.request import RawFields
@@ -231,7 +240,7 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues:
         min_thinking=ask.min_thinking,
         is_native=model.thinking.native,
         continues=continues,
-        has_course=is_chat and may_be_planned(ask, model),
+        has_course=is_chat and (may_be_planned(ask, model) or may_be_probed(ask, model)),
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from budget.envelope import Envelope
 from budget.errors import HoldRefused, StoreUnreachable
+from gateway.asides import courses_for
 from gateway.attempts import Attempts
 from gateway.backends.http_backend import HttpBackend
 from gateway.degrade import Request, one_step_down
@@ -143,8 +144,8 @@ class Answer:
             tenant=key.salt or key.id,
         )
         self._summaries = None if ask.summary is None else Summaries(self._run, ask.summary)
-        if prepared.planning is not None:
-            self._run.courses = prepared.planning.courses(prepared.model)
+        if prepared.decision.mode == "reasoning":
+            self._run.courses = courses_for(ask, prepared.planning, self._run)
         if self._run.envelope.deadline_s is not None:
             watched.bound(self._run.envelope.deadline_s)
 
@@ -325,8 +326,9 @@ class Answer:
             report.summary = self._summaries.outcome
         if prepared.degraded:
             report.degraded = prepared.degraded
-        if run.courses is not None:
-            report.plan = run.courses.report()
+        plan = None if run.courses is None else run.courses.report()
+        if plan is not None:
+            report.plan = plan
         if prepared.decision.verdict is not None:
             report.decision = DecisionReport.of(prepared.decision.verdict)
         return UsageReport.of(counts), report

@@ -19,6 +19,7 @@ from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Var
 from gateway.config.budgets import LimitConfig, StoreConfig
 from gateway.config.planning import PlanConfig
 from gateway.config.routing import Routing
+from gateway.config.stopping import StopConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -169,6 +170,7 @@ class ModelConfig(Section):
     max_n: PositiveInt = 16
     planner: str | None = None
     plan: PlanConfig = Field(default_factory=PlanConfig)
+    stop: StopConfig = StopConfig()
     fallback: tuple[str, ...] = ()
     targets: tuple[Target, ...] = ()
     effort_tokens: dict[Effort, NonNegativeInt] = Field(default_factory=dict)

@@ -35,10 +35,11 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
             mode by the template's switch alone; what thinking still appears is cut), `none`.
         hit: it ended the thinking of some choice.
         overrun_tokens: thinking the backend sent beyond it; dropped, counted as wasted.
-        ended_by: the bound other than the cap that ended the thinking: `total`, `usd` or `seconds`.
+        ended_by: what else ended the thinking: `total`, `usd`, `seconds`, `plan` or `stable`.
         waits: how often thinking that ended too early was made to go on.
         resent_tokens: prompt tokens of further segments under two-phase enforcement, and
         resent_cached_tokens: those that the backend had in its prefix cache.
+        probes: made, to see whether more thinking changes the answer.
     """
 
     tokens: int | None
@@ -52,13 +53,14 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
     waits: int = 0
     resent_tokens: int = 0
     resent_cached_tokens: int = 0
+    probes: int = 0
 
     def tell(self, enforced: Enforced, overrun_tokens: int) -> None:
         """Add what holding the cap took."""
         self.enforcement = enforced.how
         self.overrun_tokens = overrun_tokens
         self.ended_by = None if enforced.ended_by == "cap" else enforced.ended_by
-        self.waits = enforced.waits
+        self.waits, self.probes = enforced.waits, enforced.probes
         self.resent_tokens, self.resent_cached_tokens = enforced.resent_tokens, enforced.resent_cached_tokens
 
 

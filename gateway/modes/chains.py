@@ -84,16 +84,12 @@ class Chains:
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
         for at, which in enumerate(wanted):
-            course = None if courses is None or has_closed else courses.new()
+            index = which.index if isinstance(which, TakeOver) else which
+            course = None if courses is None or has_closed else courses.new(index)
             chain = Chain(
                 self._prompt, self._forcing, self._rules, is_open=is_open, has_closed=has_closed, course=course
             )
-            if isinstance(which, TakeOver):
-                index = which.index
-                step = self._resumed(chain, which)
-            else:
-                index = which
-                step = chain.open(is_open=is_open)
+            step = self._resumed(chain, which) if isinstance(which, TakeOver) else chain.open(is_open=is_open)
             unthought = AnswerFilter(self._call.thinking.start, self._call.thinking.end)
             choice = Choice(index, chain, self._plan.reader(), unthought, segments=int(bool(lost)))
             streams.append(self._choice(choice, step, waits=at > 0))
@@ -144,6 +140,22 @@ class Chains:
                     head = []
                     if not chain.is_over() and choice.index in self._run.finished:
                         return  # a stop string was found in the answer
+            head += await self._led(choice)
+
+    async def _led(self, choice: Choice) -> list[Delta]:
+        """Between two segments: what a probe that ends the thinking forces."""
+        chain, courses = choice.chain, self._run.courses
+        if courses is None or courses.probing is None or choice.is_learned:
+            return []
+        out = []
+        if chain.course is not None and chain.course.is_due and chain.phase == "thinking":
+            if await courses.probing.says_stop(choice.index, chain, self._backend):
+                out = self._shown(choice, Delta(), chain.cut("stable", wraps_up=False))
+            choice.ended_s = self._run.clock()
+        if chain.phase != "thinking":
+            choice.is_learned = True
+            courses.probing.ended(choice.index, chain)
+        return out
 
     def _head(self, choice: Choice, step: Step) -> list[Delta]:
         """What precedes a choice's first token: the prompt, and what was forced after it."""

@@ -21,6 +21,7 @@ from gateway.errors import GatewayError
 if TYPE_CHECKING:
     from gateway.backends.port import Backend, Call, Capabilities
     from gateway.config.planning import PlanConfig
+    from gateway.modes.probing import Probing
 
 _MARKERS = re.compile(r"<\|[^|>]*\|>|</?\w*think\w*>|</?tool_call>", re.IGNORECASE)
 
@@ -30,24 +31,35 @@ class Courses:
 
     Args:
         settings: of its model.
-        planner: the public name of the model that plans.
+        planner: the public name of the model that plans; None: nothing is planned.
         plan: what is known before anybody was asked: a reason why nobody will be.
+        probing: of its chains; None: they are not probed.
 
     Attributes:
         plan: what the planner said; None until it has.
+        probing: as given.
     """
 
-    def __init__(self, settings: PlanConfig, planner: str, plan: Plan | NoPlan | None = None) -> None:
+    def __init__(
+        self,
+        settings: PlanConfig,
+        planner: str | None,
+        plan: Plan | NoPlan | None = None,
+        probing: Probing | None = None,
+    ) -> None:
         self._settings = settings
         self._planner = planner
         self.plan = plan
+        self.probing = probing
         self._budget = 0
         self._weights: Sequence[float] = ()
         self._headings: list[Told] = []
         self._made: list[Course] = []
 
     async def begin(self, call: Call, backend: Backend, found: Capabilities) -> None:
-        """Put the plan into the tokens of the backend that will follow it; without effect where there is none."""
+        """Put the plan, and what probes ask, into the tokens of the backend that will follow it."""
+        if self.probing is not None:
+            await self.probing.begin(backend, found)
         plan, settings = self.plan, self._settings
         if not isinstance(plan, Plan):
             return
@@ -66,18 +78,21 @@ class Courses:
         if not self._headings or any(markers & set(told.ids) for told in self._headings):
             self.plan = NoPlan("unencodable", plan.level)
 
-    def new(self) -> Course | None:
-        """A course for one more chain."""
+    def new(self, index: int) -> Course | None:
+        """A course for one more chain; None where nothing leads it."""
+        every = None if self.probing is None else self.probing.every(index)
         if not isinstance(self.plan, Plan):
-            return None
+            return None if every is None else Course(every=every)
         steps = Steps(self._budget, self._weights, borrows=self._settings.borrows)
-        course = Course(steps, self._headings)
+        course = Course(steps, self._headings, every=every)
         self._made.append(course)
         return course
 
-    def report(self) -> PlanReport:
+    def report(self) -> PlanReport | None:
         """What became of the plan, as the response tells it: the steps are those of the first choice."""
         plan = self.plan
+        if self._planner is None:
+            return None
         if not isinstance(plan, Plan):
             reason = "failed" if plan is None else plan.reason
             return PlanReport(outcome=reason, planner=self._planner, level=None if plan is None else plan.level)

@@ -36,7 +36,7 @@ class Enforced:
 
     Attributes:
         how: `native`, `two_phase`, `soft`, `switch` or `none`.
-        ended_by: the bound that ended the thinking: `cap`, `total`, `usd` or `seconds`.
+        ended_by: what ended the thinking: `cap`, `total`, `usd`, `seconds`, `plan` or `stable`.
         spent: the part of the envelope that a chain's answer used up.
         overrun: thinking tokens beyond the cap of a call that was taken over.
         dropped: tokens that were dropped for it.
@@ -44,6 +44,7 @@ class Enforced:
         resent_tokens: prompt tokens of all segments after a choice's first.
         resent_cached_tokens: those of them that the backend took from its prefix cache.
         switches_s: gateway's time between two segments, each.
+        probes: made in all chains.
     """
 
     how: str = "native"
@@ -55,6 +56,7 @@ class Enforced:
     resent_tokens: int = 0
     resent_cached_tokens: int = 0
     switches_s: list[float] = field(default_factory=list)
+    probes: int = 0
 
 
 class Enforcer(Protocol):

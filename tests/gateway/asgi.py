@@ -56,6 +56,10 @@ class Echo:
         """See the port: a token per byte of the messages."""
         return list(bytes(call.fields["messages"]))
 
+    async def encode(self, text: str) -> list[int]:
+        """See the port: a token per byte."""
+        return list(text.encode())
+
     async def extend(self, call: Call, segment: Segment) -> AsyncGenerator[list[Delta], None]:
         """See the port."""
         yield [Delta(text="so", token_ids=[8, 2], finish_reason="stop")]
