@@ -364,7 +364,7 @@ class Chain:
         """What the thinking ran into: the cap, its plan, the purse, or what is kept of the total for the answer."""
         if self.thinking >= self._rules.cap:
             return "cap"
-        if self.course is not None and self.free() > 0 >= self.course.room(self.thinking):
+        if self.course is not None and self.course.steps is not None and self.free() > 0:
             return "plan"
         reserve = self._rules.answer_floor + self._closing_tokens()
         has_tokens = self._rules.total - self.output() > reserve

@@ -110,7 +110,8 @@ def planning_for(
         return None
     level = None if verdict is None or verdict.score is None else verdict.score.level
     if cap.enforcement != "two_phase" or cap.tokens is None:
-        if ask.plan == "on":
+        is_up = any(slot.capabilities is not None for slot in model.slots)  # else placement says that none is
+        if ask.plan == "on" and is_up:
             raise InvalidRequest(
                 f"`thinkgate.plan`: {model.name!r} cannot follow a plan here, since its thinking cannot be continued"
                 " from token ids: leave it out, or send `auto`.",

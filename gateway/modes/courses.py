@@ -57,7 +57,11 @@ class Courses:
         self._made: list[Course] = []
 
     async def begin(self, call: Call, backend: Backend, found: Capabilities) -> None:
-        """Put the plan, and what probes ask, into the tokens of the backend that will follow it."""
+        """Put the plan, and what probes ask, into the tokens of the backend that will follow it.
+
+        Another backend may have failed before: its chains are forgotten.
+        """
+        self._made = []
         if self.probing is not None:
             await self.probing.begin(backend, found)
         plan, settings = self.plan, self._settings
@@ -96,7 +100,8 @@ class Courses:
         if not isinstance(plan, Plan):
             reason = "failed" if plan is None else plan.reason
             return PlanReport(outcome=reason, planner=self._planner, level=None if plan is None else plan.level)
-        steps = self._made[0].steps if self._made else None
+        course = self._made[0] if self._made else None
+        steps = None if course is None else course.steps
         return PlanReport(
             outcome="planned" if steps is not None else "too_small",
             planner=self._planner,
@@ -104,8 +109,12 @@ class Courses:
             tokens=self._budget,
             schedule=self._settings.schedule,
             repaired=plan.repaired,
-            steps=() if steps is None else tuple(map(StepReport, steps.caps, steps.used)),
+            steps=() if course is None or steps is None else _begun(steps, course.begun),
         )
+
+
+def _begun(steps: Steps, count: int) -> tuple[StepReport, ...]:
+    return tuple(map(StepReport, steps.caps[:count], steps.used[:count]))
 
 
 def headings(plan: Plan, tokens: Sequence[int], *, is_single: bool) -> list[str]:

@@ -226,6 +226,7 @@ def test_what_cannot_be_followed_is_refused_only_where_it_is_insisted_on() -> No
     with pytest.raises(InvalidRequest) as refused:
         prepared({"thinkgate": {"plan": "on", "mode": "reasoning"}})
     assert (refused.value.param, refused.value.code) == ("thinkgate.plan", "plan_not_possible")
+    assert prepared({"thinkgate": {"plan": "on", "mode": "reasoning"}}, capabilities=None).planning is None
     assert prepared({"thinkgate": {"plan": "auto", "mode": "reasoning"}}).planning is None
     assert prepared({"thinkgate": {"plan": "off", "mode": "reasoning"}}).planning is None
 

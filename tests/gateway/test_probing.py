@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from budget.plan import Plan, SubQuestion
 from budget.stopping import ProbeWorth
 from gateway.backends.port import Call, Delta, Segment
 from gateway.config.planning import PlanConfig
@@ -101,6 +102,21 @@ async def test_two_equal_answers_end_the_thinking() -> None:
     assert (run.enforced.ended_by, run.enforced.probes, run.tally.capped) == ("stable", 3, False)
     counts = run.tally.counts()
     assert (counts.probe, counts.thinking, counts.injected) == (3 * 2 + 2 + 2 + 1, 12, 1)
+
+
+async def test_a_second_backend_begins_the_plan_anew() -> None:
+    """Where the first one failed before its first token, the report tells of the steps on the one that served."""
+    upstream = Probed([thinks(*range(101, 121)), CLOSES, ANSWERS], probes=[])
+    run = probing_run(upstream)
+    plan = Plan((SubQuestion("a"), SubQuestion("b")))
+    run.courses = Courses(PlanConfig(schedule="uniform", borrows=0), "m", plan)
+    backend: Any = upstream
+    await run.courses.begin(run.call, backend, FOUND)
+    assert run.courses.new(0) is not None
+    await read(run, upstream)
+    report = run.courses.report()
+    assert report is not None
+    assert [(step.tokens, step.thinking) for step in report.steps] == [(20, 20), (20, 1)]
 
 
 async def test_an_answer_that_is_not_complete_is_none() -> None:
