@@ -148,7 +148,7 @@ class Chain:
         if not is_open:
             self._force(step, self._forcing.opening)
         if self.course is not None:
-            self._tell(step, self.course.begin(self._free()))
+            self._tell(step, self.course.begin(self.free()))
         if self.room() <= 0:
             self._close(step, ())
         return step
@@ -172,12 +172,12 @@ class Chain:
 
     def room(self) -> int:
         """Most tokens the next segment may sample."""
-        left = self._free()
+        left = self.free()
         if self.course is not None and self.phase == "thinking":
             left = min(left, self.course.room(self.thinking))
         return max(0, left)
 
-    def _free(self) -> int:
+    def free(self) -> int:
         """The same, whatever the course says; below 0 where a bound is passed."""
         rules, left = self._rules, self._rules.total - self.output()
         purse = rules.purse
@@ -236,11 +236,11 @@ class Chain:
             step.begins_call = True
         return step
 
-    def cut(self, why: str) -> Step:
-        """End the thinking now, gracefully, since a bound outside the chain (time) is met."""
+    def cut(self, why: str, *, wraps_up: bool = True) -> Step:
+        """End the thinking now, since a bound outside the chain (time) is met, or enough was thought."""
         step = Step()
         if self.phase == "thinking":
-            self._close(step, self._forcing.wrap_up, why)
+            self._close(step, self._forcing.wrap_up if wraps_up else (), why)
         return step
 
     def _think(self, step: Step, ids: Sequence[int]) -> None:
@@ -294,7 +294,7 @@ class Chain:
         """Follow the course, where it goes on: with the heading of the next step, or with nothing forced at all."""
         if self.course is None:
             return False
-        told = self.course.turn(self.thinking, has_ended=has_ended, room=self._free())
+        told = self.course.turn(self.thinking, has_ended=has_ended, room=self.free())
         if told is None:
             return False
         self._tell(step, told)
@@ -364,7 +364,7 @@ class Chain:
         """What the thinking ran into: the cap, its plan, the purse, or what is kept of the total for the answer."""
         if self.thinking >= self._rules.cap:
             return "cap"
-        if self.course is not None and self._free() > 0 >= self.course.room(self.thinking):
+        if self.course is not None and self.course.steps is not None and self.free() > 0:
             return "plan"
         reserve = self._rules.answer_floor + self._closing_tokens()
         has_tokens = self._rules.total - self.output() > reserve

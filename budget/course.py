@@ -35,16 +35,17 @@ class Course:
     Attributes:
         steps: those that were given, once they have begun; None where there was no room for the first heading.
         is_due: the thinking pauses: a probe may be made now.
+        begun: steps whose time has come, those that had no tokens included.
     """
 
-    __slots__ = ("_every", "_headings", "_pause_at", "_seen", "is_due", "steps")
+    __slots__ = ("_every", "_headings", "_pause_at", "_seen", "begun", "is_due", "steps")
 
     def __init__(self, steps: Steps | None = None, headings: Sequence[Told] = (), *, every: int | None = None) -> None:
         self.steps = steps
         self._headings = headings
         self._every = every
         self._pause_at = ENDLESS if every is None else every
-        self._seen = 0
+        self._seen = self.begun = 0
         self.is_due = False
 
     def begin(self, room: int) -> Told | None:
@@ -99,7 +100,10 @@ class Course:
             if not steps.next():
                 return None
         told = self._headings[steps.at]
-        return told if room > len(told.ids) else None
+        if room <= len(told.ids):
+            return None
+        self.begun = steps.at + 1
+        return told
 
     def _see(self, steps: Steps, thinking: int) -> None:
         steps.think(thinking - self._seen)

@@ -38,6 +38,15 @@ class PriceTable:
             answer=_femto(answer),
         )
 
+    def dearest(self, other: PriceTable) -> PriceTable:
+        """The higher price of both, kind by kind: a bound for calls that may go to either model."""
+        return PriceTable(
+            prompt=max(self.prompt, other.prompt),
+            cached=max(self.cached, other.cached),
+            thinking=max(self.thinking, other.thinking),
+            answer=max(self.answer, other.answer),
+        )
+
     def cost_nano_usd(self, tokens: TokenCounts) -> int:
         """What `tokens` cost; injected output tokens are priced as answer, planner and probe likewise."""
         return self._round(

@@ -22,6 +22,7 @@ from budget.vote import normalised
 
 UNSURE = re.compile(r"\b(wait|hold|but|okay|no|hmm)\b", re.IGNORECASE)
 MOST_WAITS = 8
+FIRST_CONTROLS, CONTROL_EVERY, FORGET_EVERY = 4, 16, 8
 
 
 class StableAnswer:
@@ -50,43 +51,64 @@ class StableAnswer:
 
 
 class ProbeWorth:
-    """Whether probing can save more tokens than it costs, learned from the requests before.
+    """Whether probing can save more tokens than it costs, learned from the chains before.
 
-    A probe is worth making while what it may save, the thinking that would be left after enough equal answers times the
-    chance that they come, is more than what the probes until then cost. The chance is the mean of a Beta posterior that
-    begins even. Where probing is off it stays off for good only if the budget is too small: each request without a
-    stop counts less as others come, so a model that changes is tried again.
+    A probe is worth making while what it may save, the thinking that is still to be expected after enough equal answers
+    times the chance that they come, is more than what the probes until then cost. How long chains get by themselves is
+    learned from controls, which are not probed at all: the first few, then every 16th. The chance is that of chains
+    which had as many probes already: one that many could not stop hardly will be. Only the last chains count, so that
+    a model for which probing was off is tried again.
 
     Args:
         every: thinking tokens between two probes.
         probe_tokens: in and out, of one probe.
-        memory: about so many requests are remembered.
+        memory: so many chains are remembered.
     """
 
     def __init__(self, every: int, probe_tokens: int, *, memory: int = 64) -> None:
         self._every = every
         self._probe_tokens = probe_tokens
-        self._keep = 1 - 1 / memory
-        self._stopped = self._went_on = 0.0
+        self._probed: deque[tuple[int, bool]] = deque(maxlen=memory)  # probes, and whether the last one stopped it
+        self._lengths: deque[int] = deque(maxlen=memory)
+        self._begun = 0
 
-    def chance(self) -> float:
-        """That probing ends a chain early."""
-        return (self._stopped + 1) / (self._stopped + self._went_on + 2)
+    def begin(self) -> bool:
+        """Whether one more chain may be probed; else it is a control."""
+        self._begun += 1
+        return len(self._lengths) >= FIRST_CONTROLS and self._begun % CONTROL_EVERY != 0
 
-    def is_worth(self, room: int, missing: int) -> bool:
-        """Whether to go on probing, with so many tokens left that might be thought, and so many answers missing."""
-        saved = room - (missing - 1) * self._every
-        return self.chance() * saved > missing * self._probe_tokens
+    def chance(self, made: int = 0) -> float:
+        """That probing ends a chain early which so many probes did not; where little is known of such, as for all."""
+        whole = (sum(stopped for _, stopped in self._probed) + 1) / (len(self._probed) + 2)
+        like = [stopped for probes, stopped in self._probed if probes > made or (probes == made and not stopped)]
+        return (sum(like) + 2 * whole) / (len(like) + 2)
 
-    def learn(self, *, stopped: bool) -> None:
-        """A chain that was probed has ended."""
-        self._stopped = self._stopped * self._keep + stopped
-        self._went_on = self._went_on * self._keep + (not stopped)
+    def to_come(self, thinking: int, room: int) -> float:
+        """Tokens that a chain which has thought so much is likely to add; all of `room` where none was as long."""
+        longer = [length - thinking for length in self._lengths if length > thinking]
+        return min(float(room), math.fsum(longer) / len(longer)) if longer else room
 
-    def forget(self) -> None:
-        """A chain was not probed, since it was not worth it: what is known counts a little less."""
-        self._stopped *= self._keep
-        self._went_on *= self._keep
+    def is_worth(self, thinking: int, room: int, *, missing: int, made: int = 0) -> bool:
+        """Whether to make a probe after so many tokens.
+
+        Args:
+            thinking: tokens so far.
+            room: most that may come.
+            missing: equal answers that would stop it.
+            made: probes so far.
+        """
+        saved = self.to_come(thinking, room) - (missing - 1) * self._every
+        return self.chance(made) * saved > missing * self._probe_tokens
+
+    def learn(self, probes: int, *, stopped: bool) -> None:
+        """A chain with so many probes has ended."""
+        self._probed.append((probes, stopped))
+
+    def learn_length(self, thinking: int) -> None:
+        """A chain without a probe has thought so much; now and then the oldest that had some is forgotten."""
+        self._lengths.append(thinking)
+        if self._probed and self._begun % FORGET_EVERY == 0:
+            self._probed.popleft()
 
 
 class ConfidentAnswer:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from budget.errors import HoldRefused
     from budget.ledger import Amounts, Hold
+    from gateway.asides import Aside
     from gateway.ask.request import RawFields
     from gateway.ask.resolve import Ask
     from gateway.auth import Key
@@ -320,11 +321,10 @@ class _Ladder:
     def _bare(self, cap: int) -> Amounts:
         """The refused hold less everything that is held for thinking."""
         refused = self._refused
-        prompt, output = refused.aside
-        aside = max(0, prompt - refused.ask.n * cap), output
+        aside = refused.aside.less_prompt(refused.ask.n * cap if refused.ask.summary is not None else 0)
         return self._ceiling(refused, 0, refused.call.max_tokens - cap, aside)
 
-    def _ceiling(self, prepared: Prepared, cap: int | None, max_tokens: int, aside: tuple[int, int]) -> Amounts:
+    def _ceiling(self, prepared: Prepared, cap: int | None, max_tokens: int, aside: Aside) -> Amounts:
         size, media_parts = len(self._request.body), self._heard.media_parts
         most = max_tokens + prepared.slack
         return ceiling_of(prepared.ask, prepared.model, cap, most, aside, body_bytes=size, media_parts=media_parts)

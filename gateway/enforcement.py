@@ -27,6 +27,7 @@ class Needs(NamedTuple):
         min_thinking: thinking may have to be made to go on.
         is_native: the model thinks by itself.
         continues: goes on from a message of the assistant's.
+        has_course: thinking is to be led: by a plan, or by probes.
     """
 
     is_chat: bool = True
@@ -37,6 +38,7 @@ class Needs(NamedTuple):
     min_thinking: int = 0
     is_native: bool = True
     continues: bool = False
+    has_course: bool = False
 
 
 def enforcement(found: Capabilities, needs: Needs, policy: Policy, kind: str) -> tuple[How, str]:
@@ -54,6 +56,7 @@ def enforcement(found: Capabilities, needs: Needs, policy: Policy, kind: str) ->
     # There a grammar makes forced calls; vLLM's own parsers let them break their schema after thinking.
     makes_calls = needs.forces_call and policy == "auto" and kind == "vllm" and found.tool_format is not None
     must_chain = policy == "two_phase" or needs.has_envelope or needs.min_thinking or must_prefill
+    must_chain = must_chain or needs.has_course
     if can_chain and (must_chain or makes_calls):
         return "two_phase", ""
     if policy == "two_phase" or needs.min_thinking or must_prefill:

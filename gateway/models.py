@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from budget.cap import Bounds
 from budget.price import PriceTable
+from budget.stopping import ProbeWorth
 from gateway.admission import Admission
 from gateway.ask.fields import Switches
 from gateway.backends.http_backend import HttpBackend
@@ -21,6 +22,7 @@ from gateway.backends.port import Backend
 from gateway.config.load import ConfigError, backend_api_key
 from gateway.enforcement import How, Needs, enforcement
 from gateway.errors import Overloaded
+from gateway.modes.probing import usual_tokens
 from gateway.names import Names
 from gateway.placing import Placing, Prompt
 from gateway.prompt_ids import PromptIds
@@ -51,6 +53,7 @@ class Model:
         hedging: how many may be tried on two at once; None: none.
         admission: where calls wait while all backends are full.
         prompt_ids: token ids of prompts, where an index follows KV events; else None.
+        probes: what is known of probing it; None: it is not probed.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Model:
         follows = len(slots) > 1 and any(slot.standing.kv is not None for slot in slots)
         self.prompt_ids = PromptIds(slots, routing.placement.tokens_wait_s, clock) if follows else None
         self.switches = Switches(self.thinking)
+        stop = config.stop
+        self.probes = None if stop.rule == "off" else ProbeWorth(stop.every, usual_tokens(stop))
         price = config.price_usd_per_mtok
         self.prices = (
             PriceTable()

@@ -1,7 +1,7 @@
 """From a parsed request to what will be run and held: steps three to five of the request.
 
 Owns: putting `Ask`, model, key and mode together into one `Prepared`, and the errors when they do not fit.
-Pure; O(fields). Does not own: dialects (resolve.py), cap arithmetic (budget/cap.py), modes (router/mode.py).
+Pure; O(fields). Does not own: dialects (resolve.py), caps and limits of the output (caps.py), modes (router/mode.py).
 """
 
 from __future__ import annotations
@@ -12,19 +12,30 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from budget.cap import MARKER_ALLOWANCE_TOKENS, Bounds, Cap, CapTooHigh, allow
+from budget.cap import Bounds, Cap
 from budget.degrade import Step
 from budget.ledger import Amounts
+from gateway.asides import (
+    NO_ASIDE,
+    Aside,
+    Planning,
+    aside_of,
+    headings_tokens,
+    may_be_planned,
+    may_be_probed,
+    planning_for,
+)
 from gateway.ask.fields import check_choices, check_continued, upstream_fields
 from gateway.ask.hear import Heard, hear
 from gateway.ask.request import RawFields
-from gateway.ask.resolve import UNCAPPED, Ask
+from gateway.ask.resolve import Ask
 from gateway.auth import Key, degrade_steps
 from gateway.backends.port import Call, Surface, Thinking
+from gateway.caps import cap_of, check_bounds, instant_report, max_tokens_of
 from gateway.cascade import Draft, draft_of, hindrance
-from gateway.ceiling import aside_of, ceiling_of
+from gateway.ceiling import ceiling_of
 from gateway.edge.extension import CapReport, Degraded, TargetReport
-from gateway.enforcement import How, Needs, instant_enforcement
+from gateway.enforcement import Needs
 from gateway.errors import InvalidRequest, PermissionDenied
 from gateway.models import Model
 from gateway.modes.enforce import Enforcement
@@ -51,12 +62,13 @@ class Prepared(msgspec.Struct, frozen=True):
         ceiling: the most it can use, to be held.
         enforcer: how the cap is held.
         slack: output tokens per choice that holding it, or a draft, may waste.
-        aside: the most prompt and output tokens of all calls on the side; none: no summary will be made.
+        aside: the most that all calls on the side can use.
         stops: stop strings the gateway matches itself.
         steps: down the degrade ladder, those it may take if its limits refuse it.
         degraded: those it has taken.
         draft: an instant answer that is judged first; None without a cascade.
         target: which of several models a public name came to, and why; None for a name of one.
+        planning: how its thinking is planned; None: it is not.
     """
 
     ask: Ask
@@ -67,12 +79,13 @@ class Prepared(msgspec.Struct, frozen=True):
     ceiling: Amounts
     enforcer: Enforcement
     slack: int = 0
-    aside: tuple[int, int] = (0, 0)
+    aside: Aside = NO_ASIDE
     stops: Stops = NO_STOPS
     steps: tuple[Step, ...] = ()
     degraded: tuple[Degraded, ...] = ()
     draft: Draft | None = None
     target: TargetReport | None = None
+    planning: Planning | None = None
 
     @property
     def choices(self) -> int:
@@ -125,13 +138,14 @@ def decide(
     heard, model, target = find_target(heard, models, key, config)
     ask, raw, media_parts = heard.ask, heard.raw, heard.media_parts
     check_choices(ask.n, ask.prompts, model.config.max_n)
-    _check_bounds(ask, model)
+    check_bounds(ask, model)
     needs = _needs(ask, model, is_chat=surface == "chat", has_media=media_parts > 0, continues=_continues(raw))
     if needs.continues:
         check_continued(raw.get("messages"), model.thinking)
     decision, bounds, cap, report, slack = _bounded(heard, model, key, config, needs)
     is_thinking = decision.mode == "reasoning"
-    max_tokens = _max_tokens(ask, decision.mode, cap, model, bounds.forced)
+    planning = planning_for(ask, model, models, report, decision.verdict) if is_thinking else None
+    max_tokens = max_tokens_of(ask, decision.mode, cap, model, bounds.forced + headings_tokens(planning))
     stops, fields = _own_stops(raw, in_thinking=ask.stop_in_thinking) if is_thinking else (NO_STOPS, raw)
     call = Call(
         surface=surface,
@@ -150,7 +164,7 @@ def decide(
     if decision.cascade is not None and decision.cascade.runs:
         draft = _draft(heard, call, model, key, config, needs)
         slack += draft.call.max_tokens
-    aside = aside_of(ask, call)
+    aside = aside_of(ask, model, call, planning, body_bytes)
     ceiling = ceiling_of(
         ask, model, report.tokens, max_tokens + slack, aside, body_bytes=body_bytes, media_parts=media_parts
     )
@@ -169,6 +183,7 @@ def decide(
         steps,
         draft=draft,
         target=target,
+        planning=planning,
     )
 
 
@@ -191,12 +206,12 @@ def _draft(heard: Heard, call: Call, model: Model, key: Key, config: Config, nee
     ask, salt = heard.ask, _salt(key, config)
     most = model.config.answer.max_tokens
     ask = msgspec.structs.replace(ask, total_max=None if ask.total_max is None else min(ask.total_max, most))
-    cap = _instant_report(model, needs)
+    cap = instant_report(model, needs)
     instant = msgspec.structs.replace(
         call,
         fields=upstream_fields(heard.raw, model.switches, kind=model.kind, mode="instant", salt=salt),
         thinking=_thinking(ask, model, "instant", cap.tokens, call.thinking.answer_floor),
-        max_tokens=_max_tokens(ask, "instant", None, model, 0),
+        max_tokens=max_tokens_of(ask, "instant", None, model, 0),
     )
     return draft_of(instant, cap, heard.raw, config.routing.cascade, has_envelope=ask.envelope is not None)
 
@@ -235,7 +250,7 @@ def _bounded(heard: Heard, model: Model, key: Key, config: Config, needs: Needs)
         elif how == "native" and forcing is not None:
             # An engine of ours forces the same texts, and so does the gateway if it has to take over.
             bounds = msgspec.structs.replace(bounds, forced=forcing.overhead() - len(forcing.opening))
-        cap, report = _cap(ask, bounds, model, how, why_not)
+        cap, report = cap_of(ask, bounds, model, how, why_not)
         most = _most_uncertain(decision, config)
         if most is not None and most < cap.tokens and report.tokens is not None:
             cap = msgspec.structs.replace(cap, tokens=most)
@@ -245,7 +260,7 @@ def _bounded(heard: Heard, model: Model, key: Key, config: Config, needs: Needs)
         why = f"no room for thinking: {cap.clamped_by}"
         cascade = decision.cascade and decision.cascade._replace(runs=False, hindrance=why)
         decision = ModeDecision("instant", why, decision.verdict, cascade)
-    return _Bounded(decision, bounds, None, _instant_report(model, needs), 0)
+    return _Bounded(decision, bounds, None, instant_report(model, needs), 0)
 
 
 def _most_uncertain(decision: ModeDecision, config: Config) -> int | None:
@@ -271,25 +286,8 @@ def _needs(ask: Ask, model: Model, *, is_chat: bool, has_media: bool, continues:
         min_thinking=ask.min_thinking,
         is_native=model.thinking.native,
         continues=continues,
+        has_course=is_chat and (may_be_planned(ask, model) or may_be_probed(ask, model)),
     )
-
-
-def _check_bounds(ask: Ask, model: Model) -> None:
-    """Raises: InvalidRequest when no answer can be as long as the request's own floor, or its money bounds nothing."""
-    if ask.envelope is not None and ask.envelope.nano_usd is not None and model.config.price_usd_per_mtok is None:
-        raise InvalidRequest(
-            f"`thinkgate.envelope.usd` bounds nothing, since {model.name!r} has no price: leave it out.",
-            param="thinkgate.envelope.usd",
-        )
-    floor = ask.answer_floor or 0
-    most = model.config.answer.max_tokens if ask.total_max is None else ask.total_max
-    if floor > most:
-        limit = "this model's answer.max_tokens" if ask.total_max is None else f"`{ask.total_field}`"
-        raise InvalidRequest(
-            f"`thinkgate.answer_tokens_min` is {floor}, but the most that fits is {most}: {limit}.",
-            param="thinkgate.answer_tokens_min",
-            code="answer_floor_too_high",
-        )
 
 
 def _decide(heard: Heard, key: Key, bounds: Bounds, config: Config, model: Model, needs: Needs) -> ModeDecision:
@@ -314,74 +312,6 @@ def _decide(heard: Heard, key: Key, bounds: Bounds, config: Config, model: Model
         raise PermissionDenied(
             f"This key may not use {exc.mode} mode (allowed: {allowed}).", param=ask.mode_field
         ) from exc
-
-
-def _instant_report(model: Model, needs: Needs) -> CapReport:
-    """How thinking is kept out of instant mode, on the first backend that is up."""
-    for slot in model.slots:
-        if slot.capabilities is not None:
-            how = instant_enforcement(slot.capabilities, needs)
-            return CapReport(tokens=0, source="mode", enforcement=how, hit=False)
-    return CapReport(tokens=0, source="mode", enforcement="switch", hit=False)
-
-
-def _cap(ask: Ask, bounds: Bounds, model: Model, how: How, why_not: str) -> tuple[Cap, CapReport]:
-    """The cap, and how it will be held. Raises: InvalidRequest when an explicit one cannot be."""
-    explicit = ask.thinking_tokens
-    try:
-        if explicit == UNCAPPED:
-            ceiling, why = bounds.ceiling()
-            cap = Cap(tokens=ceiling, source="request", clamped_by=why)
-        else:
-            cap = allow(explicit, ask.effort, bounds)
-    except CapTooHigh as exc:
-        raise InvalidRequest(
-            f"`{ask.thinking_field}` is {explicit}, but the most that fits is {exc.allowed}: {exc.limit}.",
-            param=ask.thinking_field,
-            code="thinking_budget_too_high",
-        ) from exc
-    if ask.min_thinking > (cap.tokens if how != "none" else 0):
-        most = f"the most that may be thought is {cap.tokens}" if how != "none" else why_not
-        raise InvalidRequest(
-            f"`thinkgate.min_thinking_tokens` is {ask.min_thinking}, which cannot be made to hold: {most}.",
-            param="thinkgate.min_thinking_tokens",
-            code="cap_not_enforceable" if how == "none" else "thinking_budget_too_high",
-        )
-    if how == "none" and explicit is not None and explicit != UNCAPPED:
-        raise InvalidRequest(
-            f"`{ask.thinking_field}`: no way to hold a thinking cap on {model.name!r} ({why_not}):"
-            " leave the cap out or use instant mode.",
-            param=ask.thinking_field,
-            code="cap_not_enforceable",
-        )
-    return cap, CapReport(
-        tokens=cap.tokens if how != "none" else None,
-        source=cap.source,
-        enforcement=how,
-        hit=False,
-        clamped_from=cap.clamped_from,
-        clamped_by=cap.clamped_by,
-    )
-
-
-def _max_tokens(ask: Ask, mode: Mode, cap: Cap | None, model: Model, forced: int) -> int:
-    """Most output tokens per choice. Raises: InvalidRequest when the request's own limit is too high."""
-    answer = model.config.answer
-    thinking_max = model.thinking.max_tokens if mode == "reasoning" else 0
-    markers = max(MARKER_ALLOWANCE_TOKENS, forced)
-    most = answer.max_tokens + (thinking_max + markers if thinking_max else 0)
-    if ask.total_max is None:
-        thought = 0 if cap is None or mode == "instant" else cap.tokens + markers
-        wanted = thought + max(answer.default_tokens, ask.answer_floor or 0)
-        window = model.window()
-        return min(wanted, most) if window is None else min(wanted, most, window - 1)
-    if ask.total_max > most:
-        raise InvalidRequest(
-            f"`{ask.total_field}` is {ask.total_max}, but this model gives at most {most} tokens in {mode} mode.",
-            param=ask.total_field,
-            code="max_tokens_too_high",
-        )
-    return ask.total_max
 
 
 def _own_stops(raw: RawFields, *, in_thinking: bool) -> tuple[Stops, RawFields]:

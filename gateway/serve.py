@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from msgspec import UNSET, UnsetType
 
 from budget.envelope import Envelope
 from budget.errors import HoldRefused, StoreUnreachable
+from gateway.asides import courses_for
 from gateway.attempts import Attempts
 from gateway.backends.http_backend import HttpBackend
 from gateway.cascade import taken, told
@@ -29,6 +32,8 @@ from gateway.fallback import Fallbacks
 from gateway.modes.cascade import Cascade, Thought
 from gateway.modes.flow import Run
 from gateway.modes.instant import instant
+from gateway.modes.planned import planned
+from gateway.modes.planner import Planner
 from gateway.modes.reasoning import reasoning
 from gateway.modes.summary import Summaries
 from gateway.tally import Tally
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from gateway.prepare import Prepared
     from gateway.record import Record
 
+T = TypeVar("T")
 BYTES_PER_TOKEN = 4  # about; only for prompts that nobody counted
 
 
@@ -126,7 +132,7 @@ class Answer:
         ask, draft = prepared.ask, prepared.draft
         bounds = ask.envelope
         most_output = (prepared.call.max_tokens + prepared.slack) * prepared.choices
-        most_prompt = prepared.ceiling.tokens - most_output - sum(prepared.aside)
+        most_prompt = prepared.ceiling.tokens - most_output - prepared.aside.tokens()
         self._run = Run(
             model=prepared.model,
             call=prepared.call if draft is None else draft.call,
@@ -190,7 +196,12 @@ class Answer:
             self._record.begin(self._prepared)
 
     def _thought(self) -> AsyncGenerator[list[Delta], None]:
-        deltas = reasoning(self._run, self._prepared.stops)
+        run, prepared = self._run, self._prepared
+        planning = prepared.planning
+        courses = run.courses = courses_for(prepared.ask, planning, run)  # only now: a draft is not led
+        deltas = reasoning(run, prepared.stops)
+        if planning is not None and courses is not None:
+            deltas = planned(deltas, courses, Planner(run, planning.planner, prepared.model.config.plan))
         return deltas if self._summaries is None else self._summaries.deltas(deltas)
 
     async def _plain(self) -> None:
@@ -345,20 +356,15 @@ class Answer:
     def _tell_more(self, report: Report) -> None:
         """What only some requests have to tell."""
         run, prepared = self._run, self._prepared
-        if run.ended_by is not None:
-            report.ended_by = run.ended_by
-        if run.tally.is_estimated:
-            report.counted = "estimated"
-        if self._summaries is not None:
-            report.summary = self._summaries.outcome
-        if prepared.degraded:
-            report.degraded = prepared.degraded
-        if prepared.target is not None:
-            report.target = prepared.target
-        if self._cascaded is not None:
-            report.cascade = self._cascaded
-        if prepared.decision.verdict is not None:
-            report.decision = DecisionReport.of(prepared.decision.verdict)
+        verdict, summaries = prepared.decision.verdict, self._summaries
+        report.ended_by = _or_unset(run.ended_by)
+        report.counted = "estimated" if run.tally.is_estimated else UNSET
+        report.summary = UNSET if summaries is None else summaries.outcome
+        report.degraded = prepared.degraded or UNSET
+        report.target = _or_unset(prepared.target)
+        report.cascade = _or_unset(self._cascaded)
+        report.plan = UNSET if run.courses is None else _or_unset(run.courses.report())
+        report.decision = UNSET if verdict is None else DecisionReport.of(verdict)
 
     def _id_header(self) -> Headers:
         return [(b"x-request-id", self._exchange.request_id.encode())]
@@ -377,3 +383,7 @@ class Answer:
             steps = ",".join(taken.step for taken in self._prepared.degraded)
             headers.append((b"x-thinkgate-degraded", steps.encode()))
         return headers + self._gateway.limit_headers(run.hold)
+
+
+def _or_unset(value: T | None) -> T | UnsetType:
+    return UNSET if value is None else value

@@ -133,6 +133,7 @@ class Decisions:
             and not heard.media_parts
             and heard.raw.keys() <= SHAPING
             and bytes(heard.raw["messages"]) == body[begin:end]
+            and (prepared.planning is None or prepared.planning.refused is not None)  # its hold depends on the text
         ):
             self._keep(shape, prepared, key)
         return prepared

@@ -34,6 +34,8 @@ NAMES = {struct.__name__: name for name, struct in REQUESTS.items()} | {
     "CascadeReport": "Cascade",
     "TargetReport": "Target",
     "TargetArmReport": "WeighedModel",
+    "PlanReport": "Plan",
+    "StepReport": "PlanStep",
 }
 REQUEST_RULES = f"""
 Fields that are not listed pass to the backend as they are. Fields that contradict each other are a 400 that
@@ -41,8 +43,8 @@ names both, and so is a budget above what fits. The body is one JSON object of U
 {MAX_DEPTH} deep, of at most `server.max_body_bytes`.
 """
 RESERVED = """
-Values of `mode` other than auto, instant and reasoning, and `plan` and `search` other than off, are reserved: a 400
-with the code `not_built`.
+Values of `mode` other than auto, instant and reasoning, and `search` other than off, are reserved: a 400 with the code
+`not_built`.
 """
 FINISH_REASONS = ["stop", "length", "tool_calls", "content_filter", "function_call"]
 
@@ -100,7 +102,8 @@ def _refine(named: Json) -> None:
             "description": "The backend gave neither token ids nor its own count.",
         }
         report["cost_usd"]["minimum"] = 0
-    for name in ("arms", "features"):  # left out where empty
+    named["Plan"]["properties"]["steps"].pop("default")  # left out where empty, as these
+    for name in ("arms", "features"):
         named["TextDecision"]["properties"][name].pop("default")
     named["Route"]["properties"]["mode"] = {"enum": ["instant", "reasoning"]}
     named["Route"]["properties"]["object"] = {"const": "thinkgate.route"}

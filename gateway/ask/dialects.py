@@ -160,8 +160,6 @@ def hear_least(said: Said, extension: Extension) -> None:
 def _refuse_not_built(extension: Extension) -> None:
     if extension.search is not None:
         raise InvalidRequest(NOT_BUILT["search"].capitalize() + ".", param="thinkgate.search", code="not_built")
-    if extension.plan not in {None, "off"}:
-        raise InvalidRequest("Planning is not built yet: leave `plan` out.", param="thinkgate.plan", code="not_built")
 
 
 def _hear_mode(said: Said, field: str, mode: str) -> None:

@@ -61,6 +61,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         has_tools: the client brings tools.
         forces_call: one of them must be called.
         degrade: steps down the ladder that it agrees to; None: all that its key allows.
+        plan: whether its thinking is planned; None: as configured.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     has_tools: bool = False
     forces_call: bool = False
     degrade: tuple[Step, ...] | None = None
+    plan: Literal["off", "auto", "on"] | None = None
     named: str | None = None
 
 
@@ -206,6 +208,7 @@ def _ask(fields: Common, model: str, said: Said, total: int | None, total_field:
         priority=PRIORITY.get(fields.service_tier or "", 0),
         has_tools=has_tools,
         degrade=None if extension is None else _degrade(extension.degrade),
+        plan=None if extension is None else extension.plan,
     )
 
 

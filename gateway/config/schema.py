@@ -18,7 +18,9 @@ from gateway.config.alerts import AlertsConfig
 from gateway.config.base import NonNegativeInt, Owner, PositiveInt, Section, Variable
 from gateway.config.budgets import LimitConfig, StoreConfig
 from gateway.config.placing import KvEventsConfig
+from gateway.config.planning import PlanConfig
 from gateway.config.routing import Routing
+from gateway.config.stopping import StopConfig
 
 Mode = Literal["instant", "reasoning", "agentic"]
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -171,6 +173,8 @@ class ModelConfig(Section):
     answer: AnswerConfig = AnswerConfig()
     max_n: PositiveInt = 16
     planner: str | None = None
+    plan: PlanConfig = Field(default_factory=PlanConfig)
+    stop: StopConfig = StopConfig()
     fallback: tuple[str, ...] = ()
     targets: tuple[Target, ...] = ()
     effort_tokens: dict[Effort, NonNegativeInt] = Field(default_factory=dict)
@@ -363,7 +367,9 @@ class Config(Section):
         """Keys that validate but have no effect in this version; said at the start and by `check`."""
         inert = []
         for name, model in self.models.items():
-            inert += [f"models.{name}.{key}" for key in ("planner", "architecture") if getattr(model, key)]
+            inert += [f"models.{name}.architecture"] if model.architecture else []
+            if model.planner is not None and model.planner not in self.models:
+                inert.append(f"models.{name}.planner ({model.planner} is not under models)")
             unknown = [other for other in model.fallback if other not in self.models]
             inert += [f"models.{name}.fallback ({other} is not under models)" for other in unknown]
             if self.routing.placement.index != "exact":

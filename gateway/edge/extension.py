@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from budget.degrade import Step
+from budget.plan import Reason
 from budget.tokens import TokenCounts
 from router.features import NAMES
 
@@ -34,10 +35,11 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
             mode by the template's switch alone; what thinking still appears is cut), `none`.
         hit: it ended the thinking of some choice.
         overrun_tokens: thinking the backend sent beyond it; dropped, counted as wasted.
-        ended_by: the bound other than the cap that ended the thinking: `total`, `usd` or `seconds`.
+        ended_by: what else ended the thinking: `total`, `usd`, `seconds`, `plan` or `stable`.
         waits: how often thinking that ended too early was made to go on.
         resent_tokens: prompt tokens of further segments under two-phase enforcement, and
         resent_cached_tokens: those that the backend had in its prefix cache.
+        probes: made, to see whether more thinking changes the answer.
     """
 
     tokens: int | None
@@ -51,13 +53,14 @@ class CapReport(Struct, kw_only=True, omit_defaults=True):
     waits: int = 0
     resent_tokens: int = 0
     resent_cached_tokens: int = 0
+    probes: int = 0
 
     def tell(self, enforced: Enforced, overrun_tokens: int) -> None:
         """Add what holding the cap took."""
         self.enforcement = enforced.how
         self.overrun_tokens = overrun_tokens
         self.ended_by = None if enforced.ended_by == "cap" else enforced.ended_by
-        self.waits = enforced.waits
+        self.waits, self.probes = enforced.waits, enforced.probes
         self.resent_tokens, self.resent_cached_tokens = enforced.resent_tokens, enforced.resent_cached_tokens
 
 
@@ -77,6 +80,36 @@ class Degraded(Struct, frozen=True, kw_only=True, rename={"was": "from"}):
     to: int | str
     scope: str
     unit: str
+
+
+class StepReport(Struct, frozen=True):
+    """One step of a plan: its part of the thinking, what it borrowed included, and what it thought."""
+
+    tokens: int
+    thinking: int
+
+
+class PlanReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of a plan.
+
+    Attributes:
+        outcome: `planned`, or why there was no plan: `not_needed`, `too_small`, `not_json`, `no_steps`, `failed`,
+            `spent` or `unencodable`.
+        planner: the model that was asked, or would have been.
+        level: of the whole task, 1 to 5, where it is known.
+        tokens: thinking tokens that the steps shared.
+        schedule: how.
+        repaired: what the planner said had to be mended.
+        steps: those of the first choice that were begun.
+    """
+
+    outcome: Reason | Literal["planned"]
+    planner: str
+    level: int | None = None
+    tokens: int = 0
+    schedule: str = ""
+    repaired: bool = False
+    steps: tuple[StepReport, ...] = ()
 
 
 class Spent(Struct, kw_only=True):
@@ -209,6 +242,7 @@ class Report(Struct, kw_only=True):
     decision: DecisionReport | msgspec.UnsetType = msgspec.UNSET
     cascade: CascadeReport | msgspec.UnsetType = msgspec.UNSET
     target: TargetReport | msgspec.UnsetType = msgspec.UNSET
+    plan: PlanReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingReport(Struct, kw_only=True):

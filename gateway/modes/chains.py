@@ -78,16 +78,18 @@ class Chains:
         )
         if trial is not None:
             await self._try_answer(trial)
+        courses = None if lost else self._run.courses
+        if courses is not None:
+            await courses.begin(self._call, self._backend, self._found)
         streams = []
         wanted: Sequence[TakeOver | int] = lost or range(self._call.n)
         for at, which in enumerate(wanted):
-            chain = Chain(self._prompt, self._forcing, self._rules, is_open=is_open, has_closed=has_closed)
-            if isinstance(which, TakeOver):
-                index = which.index
-                step = self._resumed(chain, which)
-            else:
-                index = which
-                step = chain.open(is_open=is_open)
+            index = which.index if isinstance(which, TakeOver) else which
+            course = None if courses is None or has_closed else courses.new(index)
+            chain = Chain(
+                self._prompt, self._forcing, self._rules, is_open=is_open, has_closed=has_closed, course=course
+            )
+            step = self._resumed(chain, which) if isinstance(which, TakeOver) else chain.open(is_open=is_open)
             unthought = AnswerFilter(self._call.thinking.start, self._call.thinking.end)
             choice = Choice(index, chain, self._plan.reader(), unthought, segments=int(bool(lost)))
             streams.append(self._choice(choice, step, waits=at > 0))
@@ -138,6 +140,22 @@ class Chains:
                     head = []
                     if not chain.is_over() and choice.index in self._run.finished:
                         return  # a stop string was found in the answer
+            head += await self._led(choice)
+
+    async def _led(self, choice: Choice) -> list[Delta]:
+        """Between two segments: what a probe that ends the thinking forces."""
+        chain, courses = choice.chain, self._run.courses
+        if courses is None or courses.probing is None or choice.is_learned:
+            return []
+        out = []
+        if chain.course is not None and chain.course.is_due and chain.phase == "thinking":
+            if await courses.probing.says_stop(choice.index, chain, self._backend):
+                out = self._shown(choice, Delta(), chain.cut("stable", wraps_up=False))
+            choice.ended_s = self._run.clock()
+        if chain.phase != "thinking":
+            choice.is_learned = True
+            courses.probing.ended(choice.index, chain)
+        return out
 
     def _head(self, choice: Choice, step: Step) -> list[Delta]:
         """What precedes a choice's first token: the prompt, and what was forced after it."""
@@ -267,7 +285,7 @@ class Chains:
             out.append(delta)
         if forced:
             is_wait = bool(step.shown) and choice.chain.phase == "thinking"
-            text = WAIT if is_wait else self._call.thinking.wrap_up if step.shown else ""
+            text = step.told or (WAIT if is_wait else self._call.thinking.wrap_up if step.shown else "")
             ids = list(step.forced)
             out.append(Delta(index=index, kind=Kind.THINKING, text=text, injected=forced, token_ids=ids))
         if step.answer or step.begins_call:
@@ -279,7 +297,7 @@ class Chains:
         if step.ended_by is not None:
             out[-1].capped = step.ended_by == "cap"
             self._run.enforced.ended_by = step.ended_by
-        self._run.enforced.waits += choice.chain.phase == "thinking" and bool(step.shown)
+        self._run.enforced.waits += choice.chain.phase == "thinking" and bool(step.shown) and not step.told
         return out
 
     def _last(self, choice: Choice, delta: Delta, finish: str, stop: object) -> Delta:

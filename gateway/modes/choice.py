@@ -52,6 +52,7 @@ class Choice:
     sampled: int = 0
     is_over: bool = False  # the segment, by the chain
     is_finished: bool = False  # the segment, by the backend
+    is_learned: bool = False  # how its thinking ended is known to those who decide about probes
 
     def hold(self, delta: Delta) -> None:
         """Keep a delta's tokens back: whether they are thinking or marker is not certain yet."""

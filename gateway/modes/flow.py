@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from budget.tokens import TokenCounts
     from gateway.backends.port import Call, Express
     from gateway.models import Model
+    from gateway.modes.courses import Courses
     from gateway.slots import Slot
     from gateway.tally import Tally
 
@@ -36,7 +37,7 @@ class Enforced:
 
     Attributes:
         how: `native`, `two_phase`, `soft`, `switch` or `none`.
-        ended_by: the bound that ended the thinking: `cap`, `total`, `usd` or `seconds`.
+        ended_by: what ended the thinking: `cap`, `total`, `usd`, `seconds`, `plan` or `stable`.
         spent: the part of the envelope that a chain's answer used up.
         overrun: thinking tokens beyond the cap of a call that was taken over.
         dropped: tokens that were dropped for it.
@@ -44,6 +45,7 @@ class Enforced:
         resent_tokens: prompt tokens of all segments after a choice's first.
         resent_cached_tokens: those of them that the backend took from its prefix cache.
         switches_s: gateway's time between two segments, each.
+        probes: made in all chains.
     """
 
     how: str = "native"
@@ -55,6 +57,7 @@ class Enforced:
     resent_tokens: int = 0
     resent_cached_tokens: int = 0
     switches_s: list[float] = field(default_factory=list)
+    probes: int = 0
 
 
 class Enforcer(Protocol):
@@ -95,6 +98,7 @@ class Run:
         tenant: in whose turn it waits, where it has to, and
         deadline_s: until when, on the clock; None: as long as anybody may.
         spent_before: output tokens of an answer that was thrown away.
+        courses: what its chains go along; None: only their bounds.
     """
 
     model: Model
@@ -120,6 +124,7 @@ class Run:
     tenant: str = ""
     deadline_s: float | None = None
     spent_before: int = 0
+    courses: Courses | None = None
 
     def __post_init__(self) -> None:
         """What stays the same for every token."""
@@ -132,7 +137,7 @@ class Run:
         self.call, self.slack = call, slack
         self.most_output = (call.max_tokens + slack) * self.choices
         self.spent_before = self.tally.output()
-        self.finished, self.enforced, self.guard = set(), Enforced(), None
+        self.finished, self.enforced, self.guard, self.courses = set(), Enforced(), None, None
         self.ended_by, self.is_cut = None, False
 
     def has_output(self) -> bool:

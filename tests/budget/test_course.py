@@ -94,7 +94,9 @@ def test_without_room_for_a_heading_there_is_no_plan() -> None:
     assert (step.forced, chain.room(), chain.course is not None) == ((), 2, True)
     chain, _ = chain_of(plan(borrows=0), ChainRules(cap=31, total=200))
     step = chain.feed(thoughts(30), "length")
-    assert (step.forced, chain.phase) == ((70, 71, END), "answer")
+    assert (step.forced, chain.phase, step.ended_by) == ((70, 71, END), "answer", "plan")
+    assert chain.course is not None
+    assert chain.course.begun == 1
 
 
 def test_a_step_without_tokens_is_passed_over() -> None:

@@ -41,52 +41,97 @@ def test_it_stops_only_on_equal_sure_answers(probes: list[str], agree: int) -> N
         assert rule.feed(said) == (len(last) == agree and len(set(last)) == 1 and last[0] in {"1", "2"})
 
 
+def known(*lengths: int) -> ProbeWorth:
+    """What is known after controls of these lengths."""
+    worth = ProbeWorth(every=32, probe_tokens=30)
+    for length in lengths:
+        worth.learn_length(length)
+    return worth
+
+
 def test_probing_that_cannot_save_what_it_costs_is_off() -> None:
     """With little left to think, or with many answers missing, no probe is worth its tokens."""
     worth = ProbeWorth(every=32, probe_tokens=30)
-    assert worth.is_worth(room=400, missing=3)
-    assert not worth.is_worth(room=200, missing=3)
-    assert worth.is_worth(room=200, missing=1)
-    assert not worth.is_worth(room=0, missing=1)
+    assert worth.is_worth(0, room=400, missing=3)
+    assert not worth.is_worth(0, room=200, missing=3)
+    assert worth.is_worth(0, room=200, missing=1)
+    assert not worth.is_worth(0, room=0, missing=1)
+
+
+def test_what_chains_think_by_themselves_counts_not_their_cap() -> None:
+    """Short chains are not probed however high their cap is; one that outgrows all others is."""
+    worth = known(80, 90, 85, 95)
+    assert (worth.to_come(60, 4000), worth.to_come(90, 4000), worth.to_come(95, 4000)) == (27.5, 5, 4000)
+    assert not worth.is_worth(32, room=4000, missing=3)
+    assert worth.is_worth(100, room=4000, missing=3)
+    assert known(1000, 2000, 1500, 900).is_worth(32, room=4000, missing=3)
+
+
+def test_some_chains_are_controls() -> None:
+    """The first four chains are not probed, then every sixteenth is not: how long they get is known from them."""
+    worth = ProbeWorth(every=32, probe_tokens=30)
+    probed = []
+    for _ in range(32):
+        probed.append(worth.begin())
+        if not probed[-1]:
+            worth.learn_length(100)
+    assert [at for at, is_probed in enumerate(probed, 1) if not is_probed] == [1, 2, 3, 4, 16, 32]
 
 
 def test_probing_that_never_stops_anything_is_switched_off_and_tried_again() -> None:
-    """Requests that probing did not shorten make it not worth it; without probes that is slowly forgotten."""
-    worth = ProbeWorth(every=32, probe_tokens=30)
+    """Chains that probing did not shorten make it not worth it; without probes that is slowly forgotten."""
+    worth = known(2000, 2000, 2000, 2000)
     probed = 0
-    while worth.is_worth(room=2000, missing=3):
-        worth.learn(stopped=False)
+    while worth.is_worth(0, room=2000, missing=3):
+        worth.learn(9, stopped=False)
         probed += 1
         assert probed < 64
     skipped = 0
-    while not worth.is_worth(room=2000, missing=3):
-        worth.forget()
+    while not worth.is_worth(0, room=2000, missing=3):
+        worth.begin()
+        worth.learn_length(2000)
         skipped += 1
-        assert skipped < 64
+        assert skipped < 256
     for _ in range(100):
-        worth.learn(stopped=True)
+        worth.learn(3, stopped=True)
     assert worth.chance() > 0.9
-    assert worth.is_worth(room=200, missing=3)
 
 
-@settings(max_examples=30, deadline=None)
-@given(chance=st.floats(0, 1), seed=st.integers(0, 99))
-def test_probes_cost_little_where_they_save_nothing(chance: float, seed: int) -> None:
-    """Over many requests the probes cost at most a small part of the thinking more than they save."""
+def test_a_chain_that_probes_did_not_stop_is_given_up() -> None:
+    """Where stops come at the third probe or never, a chain that had four is probed no more."""
+    worth = known(2000, 2000, 2000, 2000)
+    for at in range(20):
+        worth.learn(3 if at % 2 else 8, stopped=bool(at % 2))
+    assert worth.chance(0) == worth.chance(9) == 0.5
+    assert worth.chance(3) == worth.chance(8) == pytest.approx(1 / 12)
+    assert worth.is_worth(64, 900, missing=3)
+    assert not worth.is_worth(160, 900, missing=3, made=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chance=st.floats(0, 1), length=st.integers(10, 2000), seed=st.integers(0, 99))
+def test_probes_cost_little_where_they_save_nothing(chance: float, length: int, seed: int) -> None:
+    """Over many chains of any length, stopped as often as may be, probes cost at most a little more than they save."""
     rng, worth = random.Random(seed), ProbeWorth(every=32, probe_tokens=30)
     spent = saved = thought = 0
-    for _ in range(300):
-        room = 600
-        thought += room
-        if not worth.is_worth(room, 3):
-            worth.forget()
-            continue
-        stopped = rng.random() < chance
-        probes = 3 if stopped else sum(worth.is_worth(room - 32 * i, 3) for i in range(room // 32))
+    for _ in range(400):
+        own = int(rng.uniform(0.5, 1.5) * length)
+        thought += own
+        probes, may_probe, stops = 0, worth.begin(), rng.random() < chance
+        for thinking in range(32, own, 32):
+            missing = max(1, 3 - probes) if stops else 3
+            if not (may_probe and worth.is_worth(thinking, 4000 - thinking, missing=missing, made=probes)):
+                break
+            probes += 1
+            if stops and probes == 3:
+                saved += own - thinking
+                break
         spent += 30 * probes
-        saved += (room - 3 * 32) * stopped
-        worth.learn(stopped=stopped)
-    assert spent - saved < 0.25 * thought
+        if probes:
+            worth.learn(probes, stopped=stops and probes == 3)
+        else:
+            worth.learn_length(own)
+    assert spent - saved < 0.1 * thought
 
 
 def test_a_nearly_certain_answer_stops_at_a_break() -> None:

@@ -92,7 +92,7 @@ def test_what_instant_mode_can_have_is_never_refused(body: Json, share: float):
     refused = prepared(body, config=config_of(), capabilities=DOES_ALL, key=ADA)
     if refused.ask.min_thinking:
         return
-    room = refused.ceiling.tokens - refused.ceiling.thinking_tokens - sum(refused.aside)
+    room = refused.ceiling.tokens - refused.ceiling.thinking_tokens - refused.aside.tokens()
     left: dict[Unit, int] = {"tokens": room + int(share * (refused.ceiling.tokens - 1 - room))}
     assert down(body, left)[1] is not None
 

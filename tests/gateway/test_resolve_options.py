@@ -136,8 +136,6 @@ def test_a_least_of_zero_says_nothing(says: Says | None) -> None:
         ({"thinkgate": {"mode": "search"}}, "thinkgate.mode"),
         ({"thinkgate": {"search": {}}}, "thinkgate.search"),
         ({"thinkgate": {"search": {"policy": "beam"}}}, "thinkgate.search"),
-        ({"thinkgate": {"plan": "on"}}, "thinkgate.plan"),
-        ({"thinkgate": {"plan": "auto"}}, "thinkgate.plan"),
     ],
     ids=str,
 )
@@ -148,7 +146,14 @@ def test_what_is_not_built_is_refused_by_name(fields: Json, param: str) -> None:
     assert "use" in error.message or "leave" in error.message
 
 
-@pytest.mark.parametrize("fields", [{"plan": "off"}, {"search": None, "plan": None, "degrade": None}])
+@pytest.mark.parametrize("wish", ["off", "auto", "on"])
+def test_a_plan_may_be_wished_for(wish: str) -> None:
+    """`thinkgate.plan` is taken as it is, and decides no mode."""
+    ask = chat({"thinkgate": {"plan": wish}})
+    assert (ask.plan, ask.mode) == (wish, "auto")
+
+
+@pytest.mark.parametrize("fields", [{"search": None, "plan": None, "degrade": None}])
 def test_switching_off_what_is_not_built_is_fine(fields: Json) -> None:
     """Saying no to a reserved feature is accepted."""
     assert chat({"thinkgate": fields}) == chat()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gateway.asides import NO_ASIDE, Aside
 from gateway.modes.summary import CLOSING, INSTRUCTION, MOST_TOKENS, OPENING
 from tests.gateway.live import ASK, MODEL, STREAM, Client, Json, Live, ask, live, tree_of
 from tests.gateway.still import config_of, prepared
@@ -170,7 +171,7 @@ def test_the_hold_has_room_for_every_summary(length: str, n: int) -> None:
     bare, asked = prepared(body, config=config), prepared({**body, **summary}, config=config)
     prompt, output = n * (40 + 256), n * MOST_TOKENS[length]  # type: ignore[index]  # a parameter is a str
     request_bytes = len(json.dumps(summary)) - 2 + len(", ")
-    assert asked.aside == (prompt, output)
+    assert asked.aside == Aside(prompt, output)
     assert asked.ceiling.tokens - bare.ceiling.tokens == prompt + output + request_bytes
     assert asked.ceiling.thinking_tokens == bare.ceiling.thinking_tokens
     money = asked.ceiling.nano_usd - bare.ceiling.nano_usd
@@ -180,7 +181,7 @@ def test_the_hold_has_room_for_every_summary(length: str, n: int) -> None:
 def test_instant_mode_holds_nothing_for_summaries() -> None:
     """Where there will be no thinking there is nothing to summarise."""
     config = config_of(routing={"default_mode": "instant"})
-    assert prepared(AUTO, config=config).aside == (0, 0)
+    assert prepared(AUTO, config=config).aside == NO_ASIDE
 
 
 async def test_no_thinking_is_no_call(gateway: Live, scripted: ScriptedBackend) -> None:
