@@ -169,21 +169,9 @@ def decide(
         ask, model, report.tokens, max_tokens + slack, aside, body_bytes=body_bytes, media_parts=media_parts
     )
     steps = degrade_steps(key, ask.degrade)
+    held = ceiling, Enforcement(needs), slack, aside
     return Prepared(
-        ask,
-        model,
-        decision,
-        call,
-        report,
-        ceiling,
-        Enforcement(needs),
-        slack,
-        aside,
-        stops,
-        steps,
-        draft=draft,
-        target=target,
-        planning=planning,
+        ask, model, decision, call, report, *held, stops, steps, draft=draft, target=target, planning=planning
     )
 
 

@@ -133,7 +133,7 @@ class Decisions:
             and not heard.media_parts
             and heard.raw.keys() <= SHAPING
             and bytes(heard.raw["messages"]) == body[begin:end]
-            and (prepared.planning is None or prepared.planning.refused is not None)  # its hold depends on the text
+            and _plans_alike(prepared)
         ):
             self._keep(shape, prepared, key)
         return prepared
@@ -204,6 +204,12 @@ class Decisions:
 def _outcome(verdict: Verdict) -> Outcome:
     """What a decision takes of a verdict: few different ones, so few are kept for a shape."""
     return verdict.mode, verdict.most_thinking, verdict.by
+
+
+def _plans_alike(prepared: Prepared) -> bool:
+    """Whether another text is planned alike: what is held for a plan, and whether one pays, goes by the text."""
+    planning = prepared.planning
+    return planning is None or (planning.refused is not None and prepared.decision.verdict is None)
 
 
 def _found(model: Model) -> list[Capabilities | None]:

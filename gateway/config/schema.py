@@ -370,6 +370,8 @@ class Config(Section):
             inert += [f"models.{name}.architecture"] if model.architecture else []
             if model.planner is not None and model.planner not in self.models:
                 inert.append(f"models.{name}.planner ({model.planner} is not under models)")
+            elif model.planner is not None and self.models[model.planner].targets:
+                inert.append(f"models.{name}.planner ({model.planner} stands for several models)")
             unknown = [other for other in model.fallback if other not in self.models]
             inert += [f"models.{name}.fallback ({other} is not under models)" for other in unknown]
             if self.routing.placement.index != "exact":

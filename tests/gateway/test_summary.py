@@ -180,8 +180,7 @@ def test_the_hold_has_room_for_every_summary(length: str, n: int) -> None:
 
 def test_instant_mode_holds_nothing_for_summaries() -> None:
     """Where there will be no thinking there is nothing to summarise."""
-    config = config_of(routing={"default_mode": "instant"})
-    assert prepared(AUTO, config=config).aside == NO_ASIDE
+    assert prepared(AUTO, config=config_of(routing={"default_mode": "instant"})).aside == NO_ASIDE
 
 
 async def test_no_thinking_is_no_call(gateway: Live, scripted: ScriptedBackend) -> None:
