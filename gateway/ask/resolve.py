@@ -1,7 +1,7 @@
 """Every dialect of effort and budget, resolved into one frozen `Ask`.
 
 Owns: `Ask`, and how a whole request becomes one. Pure; O(fields). Does not own: what each field says about
-thinking (dialects.py), whether what is asked for fits or is allowed (prepare.py, budget/cap.py).
+thinking (dialects.py), whether what is asked for fits or is allowed (prepare.py, caps.py).
 """
 
 from __future__ import annotations

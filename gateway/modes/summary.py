@@ -2,7 +2,7 @@
 
 Owns: keeping the thinking text from the client, the call that summarises it once a choice begins to answer, and
 the most which that call may use. Does not own: what calls on the side cost (gateway/tally.py), holding for them
-(gateway/prepare.py).
+(gateway/asides.py).
 """
 
 from __future__ import annotations

@@ -95,8 +95,9 @@ def test_an_uncertain_text_thinks_a_little() -> None:
 def test_remembered_decisions_are_those_of_fresh_ones(told: list[str]) -> None:
     """However requests of one shape follow each other, each is decided by its own text."""
     decisions, _ = judge_of()
+    ada = key()  # the same one: what was decided for another is not remembered
     for text in told:
-        known, fresh = decided(decisions, text), decided(judge_of()[0], text)
+        known, fresh = decided(decisions, text, by=ada), decided(judge_of()[0], text, by=ada)
         assert known.decision == fresh.decision
         assert (known.cap, known.ceiling) == (fresh.cap, fresh.ceiling)
         assert known.call.thinking == fresh.call.thinking
