@@ -34,8 +34,7 @@ CHAT_TEMPLATE = """\
 def build_tokenizer() -> Tokenizer:
     """The tokenizer, always the same."""
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    # Numbers stay in digits: sums of two digits are learned in a few hundred batches, a table of all pairs of numbers
-    # in as many thousands.
+    # Numbers stay in digits: a sum of digits is met often, a sum of two numbers hardly twice.
     merges = list(dict.fromkeys((word[:i], word[i]) for word in _WORDS for i in range(1, len(word))))
     for first, second in merges:
         vocabulary.setdefault(first + second, len(vocabulary))
