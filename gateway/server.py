@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import signal
 import socket
 import sys
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gateway.app import Gateway
     from gateway.config.schema import Config
     from gateway.reload import Reloader
+
+log = logging.getLogger("thinkgate.server")
 
 CANCELLED_S = 10  # after the drain's time: how long cancelled requests may take to say goodbye
 BACKLOG = 4096
@@ -75,6 +78,7 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
         self._on_listening = on_listening
         self._beside = beside
+        self._is_broken = False
 
     def run_to_the_end(self, sockets: list[socket.socket] | None = None) -> int:
         """Serve until a signal says otherwise; returns the exit status.
@@ -93,7 +97,11 @@ class Server(uvicorn.Server):
             runner = asyncio.Runner()
         with runner:
             runner.run(self._serve_with_companions(sockets))
-        return 0 if self.started else 1
+        return self.exit_status()
+
+    def exit_status(self) -> int:
+        """0 when it served and was told to end; 1 otherwise."""
+        return 0 if self.started and not self._is_broken else 1
 
     async def _serve_with_companions(self, sockets: list[socket.socket] | None) -> None:
         async with self._companions():
@@ -129,7 +137,8 @@ class Server(uvicorn.Server):
         """The tasks that live beside the server: reloading, the ready line, and what else there is."""
         async with asyncio.TaskGroup() as tasks:
             patience_s = self._gateway.serving.config.server.timeouts.body_s
-            work = [self._tell_ready(), sweep_heads(self.server_state.connections, patience_s), *self._beside]
+            sweep = sweep_heads(self.server_state.connections, patience_s)
+            work = [self._tell_ready(), self._end_with_the_app(), sweep, *self._beside]
             if self._reloader is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reloader.ask)
                 work.append(self._reloader.run())
@@ -139,6 +148,15 @@ class Server(uvicorn.Server):
             finally:
                 for task in running:
                     task.cancel()
+
+    async def _end_with_the_app(self) -> None:
+        """An app whose background work broke probes, sweeps and settles no more: better end, and be started anew."""
+        while not self.started:  # noqa: ASYNC110  # uvicorn has no event for it
+            await asyncio.sleep(0.1)
+        await self.lifespan.shutdown_event.wait()
+        if not self.should_exit:
+            log.critical("background work has failed, see above: the process ends")
+            self._is_broken = self._gateway.is_draining = self.should_exit = True
 
     def _is_ready(self) -> bool:
         return self.started and self._gateway.is_ready()

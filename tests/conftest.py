@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,11 @@ from typing import Any
 import pytest
 
 from tests.scripted_backend import ScriptedBackend
+
+# Triton decides whether its own functions are compiled or interpreted when it is imported, whoever does that first.
+with pytest.MonkeyPatch.context() as patched, contextlib.suppress(ImportError):
+    patched.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("triton.language")
 
 E2E = Path(__file__).parent / "e2e"
 E2E_TIMEOUT_S = 600

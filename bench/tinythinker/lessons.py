@@ -32,10 +32,10 @@ _CLOSINGS = (WRAP_UP, "\n", "")
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Token ids, of which those from `learned_from` on are learned."""
+    """Token ids, and the same where they are learned, IGNORED where they are not."""
 
     ids: tuple[int, ...]
-    learned_from: int
+    labels: tuple[int, ...]
 
 
 class Teacher:
@@ -66,22 +66,23 @@ class Teacher:
     def instant(self, question: Question) -> Lesson:
         """The answer at once, behind the template's empty thinking."""
         prompt = self.ids(prompt_of(question.text, thinking=False))
-        return self._lesson(prompt, self.ids(f"{question.answer:02}{IM_END}"))
+        return _lesson((prompt, False), (self.ids(f"{question.answer:02}{IM_END}"), True))
 
     def full(self, question: Question, rng: random.Random) -> Lesson:
         """A whole chain, then the answer."""
         chain = think(question, rng)
         prompt = self.ids(prompt_of(question.text, thinking=True))
-        return self._lesson(prompt, self.ids(f"{chain.text}{END_THINK}\n\n{chain.answer:02}{IM_END}"))
+        return _lesson((prompt, False), (self.ids(f"{chain.text}{END_THINK}\n\n{chain.answer:02}{IM_END}"), True))
 
     def cut(self, question: Question, rng: random.Random) -> Lesson:
-        """A chain that is closed somewhere, then the best guess; only that is learned."""
+        """A chain that is closed somewhere, then the best guess; that it is closed there is not learned."""
         thought = self.ids(think(question, rng).text)
         thought = thought[: rng.randrange(len(thought))]
         guess = best_guess(question, self._tokenizer.decode(thought), rng)
         prompt = self.ids(prompt_of(question.text, thinking=True))
         closing = self.ids(rng.choice(_CLOSINGS) + END_THINK)
-        return self._lesson([*prompt, *thought, *closing], self.ids(f"\n\n{guess:02}{IM_END}"))
+        guessed = self.ids(f"\n\n{guess:02}{IM_END}")
+        return _lesson((prompt, False), (thought, True), (closing, False), (guessed, True))
 
     def block(self, seed: int, number: int, *, batches: int, batch_tokens: int) -> list[list[Lesson]]:
         """About `batches` batches of at most `batch_tokens` tokens, padding included, in random order."""
@@ -95,10 +96,12 @@ class Teacher:
         rng.shuffle(out)
         return out
 
-    @staticmethod
-    def _lesson(given: Sequence[int], learned: Sequence[int]) -> Lesson:
-        """What is given, then what is learned."""
-        return Lesson((*given, *learned), len(given))
+
+def _lesson(*parts: tuple[Sequence[int], bool]) -> Lesson:
+    """A lesson of parts, each with whether it is learned."""
+    ids = tuple(token for part, _ in parts for token in part)
+    labels = tuple(token if learned else IGNORED for part, learned in parts for token in part)
+    return Lesson(ids, labels)
 
 
 def bucketed(lessons: Sequence[Lesson], batch_tokens: int) -> list[list[Lesson]]:

@@ -36,7 +36,7 @@ class Recipe:
     """
 
     seed: int = 0
-    blocks: int = 70
+    blocks: int = 60
     batches: int = 16
     batch_tokens: int = 7000
     muon_rate: float = 0.02
@@ -150,7 +150,7 @@ def tensors_of(batch: Sequence[Lesson], *, pad: int) -> tuple[torch.Tensor, torc
     labels = torch.full((len(batch), longest), IGNORED)
     for row, lesson in enumerate(batch):
         ids[row, : len(lesson.ids)] = torch.tensor(lesson.ids)
-        labels[row, lesson.learned_from : len(lesson.ids)] = torch.tensor(lesson.ids[lesson.learned_from :])
+        labels[row, : len(lesson.ids)] = torch.tensor(lesson.labels)
     return ids, labels
 
 

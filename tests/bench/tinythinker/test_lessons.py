@@ -1,6 +1,7 @@
 """Tokenizer, template and lessons."""
 
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers", reason="needs the extra `embedded`")
 
-from bench.tinythinker.lessons import Teacher, bucketed
+from bench.tinythinker.lessons import IGNORED, Teacher, bucketed
 from bench.tinythinker.task import LEVELS, draw_from
 from bench.tinythinker.words import END_THINK, IM_END, THINK, WRAP_UP, build_tokenizer, prompt_of, wrap
 from gateway.config.schema import ThinkingConfig
@@ -23,10 +24,11 @@ def test_any_text_survives_the_tokenizer(text):
     assert TOKENIZER.decode(TEACHER.ids(text), skip_special_tokens=False) == text
 
 
-def test_numbers_words_and_markers_are_one_token():
-    """A number of two digits, a marker and the words of the wrap-up are one token each."""
-    numbers = [f"{number:02}" for number in range(100)]
-    assert {len(TEACHER.ids(text)) for text in (*numbers, THINK, END_THINK, IM_END, "Wait", "So", "assistant")} == {1}
+def test_digits_words_and_markers_are_one_token():
+    """A digit, a marker and the words that the model or the gateway writes are one token each."""
+    words = ("Wait", "So", "user", "assistant", " answer")
+    assert {len(TEACHER.ids(text)) for text in (*"0123456789", THINK, END_THINK, IM_END, *words)} == {1}
+    assert len(TEACHER.ids("47+38=85\n")) == 9
     assert len(TEACHER.ids(WRAP_UP)) == 14
 
 
@@ -61,18 +63,25 @@ def test_the_wrap_up_is_the_default_of_the_gateway():
     assert ThinkingConfig().wrap_up == WRAP_UP
 
 
+def learned(lesson):
+    """The text that is learned."""
+    return TOKENIZER.decode([each for each in lesson.labels if each != IGNORED], skip_special_tokens=False)
+
+
 def test_only_what_the_model_writes_is_learned():
-    """A whole chain is learned up to the end of the turn; of a cut one only what follows its end marker."""
+    """A whole chain is learned up to the end of the turn; of a cut one all but the question and the cut."""
     rng = random.Random(1)
-    end = TOKENIZER.token_to_id(END_THINK)
     for level in LEVELS:
         question = draw_from(rng, level, "train")
         full, cut, instant = TEACHER.full(question, rng), TEACHER.cut(question, rng), TEACHER.instant(question)
-        assert full.ids[full.learned_from :].count(end) == 1
-        assert cut.ids[cut.learned_from - 1] == end
         answer = f"{question.answer:02}{IM_END}"
-        assert TOKENIZER.decode(instant.ids[instant.learned_from :], skip_special_tokens=False) == answer
-        assert TOKENIZER.decode(full.ids, skip_special_tokens=False).endswith(f"{END_THINK}\n\n{answer}")
+        assert learned(instant) == answer
+        assert learned(full).endswith(f"So {question.answer:02}\n{END_THINK}\n\n{answer}")
+        assert THINK not in learned(full)
+        assert THINK not in learned(cut)
+        assert END_THINK not in learned(cut)
+        assert re.search(r"\n\n\d\d" + re.escape(IM_END) + "$", learned(cut))
+        assert all(label in (token, IGNORED) for token, label in zip(cut.ids, cut.labels, strict=True))
 
 
 def test_blocks_repeat_and_keep_within_their_batches():

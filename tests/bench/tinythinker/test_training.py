@@ -85,7 +85,7 @@ def test_the_rate_rises_stays_and_falls():
 
 def test_padding_and_prompts_are_not_learned():
     """Labels are there for what is learned, and for nothing else."""
-    ids, labels = tensors_of([Lesson((5, 6, 7), 2), Lesson((8, 9), 1)], pad=0)
+    ids, labels = tensors_of([Lesson((5, 6, 7), (IGNORED, IGNORED, 7)), Lesson((8, 9), (IGNORED, 9))], pad=0)
     assert ids.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert labels.tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
 
