@@ -265,7 +265,7 @@ async def test_two_segments_are_what_the_engine_makes_of_a_cap(precise):
     assert prompt == own.deltas[0].prompt_token_ids
     thought, ids, stopped_by = await extend(precise, prompt, cap, stop_token_ids=(end,), **bias)
     assert (len(ids), stopped_by, thought + WRAP_UP) == (cap, None, own.thought)
-    closing = [*await precise.marker_ids(WRAP_UP), end]
+    closing = [*await precise.encode(WRAP_UP), end]
     answer, answered, _ = await extend(precise, [*prompt, *ids, *closing], 60 - cap - len(closing), **bias)
     assert [*ids, *closing, *answered] == own.ids
     assert answer.lstrip("\n") == own.text
